@@ -1,0 +1,160 @@
+"""The public functions. Each call is validated here, becomes one operator, and lands in a kernel:
+interface -> ops -> the registry's row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from triflash import ops, registry
+from triflash.spec import make_spec
+from triflash.target import target_of
+
+Tensor = torch.Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, softmax(q k^T * softmax_scale) v, without holding the scores in memory.
+
+    FlashAttention (arXiv:2205.14135) and FlashAttention-2 (arXiv:2307.08691, Algorithms 1 and 2).
+
+    Args:
+        q: `(batch, seqlen_q, nheads, headdim)`, float16, bfloat16 or float32 (float64 with the
+            reference). Any strides whose last is 1; nothing is copied.
+        k: `(batch, seqlen_k, nheads_k, headdim)`; nheads must be a multiple of nheads_k (GQA), and
+            query head h reads key head h // (nheads // nheads_k).
+        v: `(batch, seqlen_k, nheads_k, headdim_v)`; headdim_v may differ from headdim.
+        causal: query i sees keys j <= i + seqlen_k - seqlen_q (aligned to the bottom right). A row
+            that sees no key gives 0, lse -inf and zero gradients.
+        softmax_scale: factor on the scores, headdim ** -0.5 by default.
+        return_lse: also return the log of the softmax denominators; its gradient flows.
+        deterministic: refuse implementations whose gradients differ from run to run.
+        allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
+        implementation: "auto", or a name of `implementations()`, which is never replaced silently.
+
+    Returns:
+        out `(batch, seqlen_q, nheads, headdim_v)` in q's dtype; with return_lse also lse
+        `(batch, nheads, seqlen_q)`, float32, natural log.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NotImplementedError: no implementation, or not the named one, supports the call.
+    """
+    out, lse = _attention(
+        q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`attention` under flash-attn 2's name, parameters and defaults.
+
+    Args:
+        q, k, v, softmax_scale, causal, deterministic, implementation: as in `attention`.
+        dropout_p, window_size, softcap, alibi_slopes: only their defaults work yet.
+        return_attn_probs: return `(out, softmax_lse, None)`; flash-attn's third value exists only
+            with dropout.
+
+    Raises:
+        NotImplementedError: a parameter that is not built yet has another value than its default.
+        TypeError, ValueError: as in `attention`.
+    """
+    not_built = None
+    if dropout_p != 0.0:
+        not_built = f"dropout (dropout_p={dropout_p})"
+    elif window_size is not None and tuple(window_size) not in ((-1, -1), (None, None)):
+        not_built = f"sliding windows (window_size={window_size})"
+    elif softcap != 0.0:
+        not_built = f"capped scores (softcap={softcap})"
+    elif alibi_slopes is not None:
+        not_built = "ALiBi (alibi_slopes)"
+    if not_built is not None:
+        raise NotImplementedError(f"triflash does not support {not_built} yet.")
+    out, lse = _attention(q, k, v, softmax_scale, causal, deterministic, False, implementation)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+        q, k, v = ops.cast_for_autocast(q, k, v)
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
+    if not torch.compiler.is_compiling():
+        row = registry.resolve(implementation, spec, target_of(q.device))
+        if needs_grad and row.backward is None:
+            raise NotImplementedError(
+                f"{row.name} has no backward; call it under torch.no_grad() or choose another of "
+                f"{', '.join(registry.implementations())}."
+            )
+    options = (spec.softmax_scale, causal, deterministic, allow_tf32, implementation)
+    if needs_grad or _transformed():
+        return _Attention.apply(q, k, v, *options)
+    out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options)
+    return out, lse
+
+
+def _transformed() -> bool:
+    """Inside torch.func or forward-mode AD, where _Attention raises and an operator would not."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd over the two operators: saves q, k, v, out, lse and what the row asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        out, lse, saved = torch.ops.triflash.attention_forward.default(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *saved)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *saved = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv = torch.ops.triflash.attention_backward.default(
+            dout, dlse, q, k, v, out, lse, saved, *ctx.options
+        )
+        return dq, dk, dv, *[None] * len(ctx.options)

@@ -1,0 +1,1 @@
+"""Small pure device functions, and the launcher. Mathematics is shared here, schedules are not."""

@@ -1,0 +1,52 @@
+"""Which keys a query sees, element by element and as ranges of blocks.
+
+Causal masks are aligned to the bottom right: query i sees keys j <= i + seqlen_k - seqlen_q.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+    """Whether the query at q_idx sees the key at k_idx; the two must broadcast."""
+    inside = k_idx < seqlen_k
+    if CAUSAL:
+        inside = inside & (k_idx <= q_idx + (seqlen_k - seqlen_q))
+    return inside
+
+
+@triton.jit
+def key_range(start_m, seqlen_q, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              CAUSAL: tl.constexpr):  # fmt: skip
+    """Keys for the queries [start_m, start_m + BLOCK_M), as (full, end).
+
+    Blocks in [0, full) need no mask, those in [full, end) do, later ones are hidden from all.
+    """
+    if CAUSAL:
+        shift = seqlen_k - seqlen_q
+        end = tl.minimum(seqlen_k, tl.maximum(0, start_m + BLOCK_M + shift))
+        full = tl.minimum(seqlen_k, tl.maximum(0, start_m + 1 + shift))
+    else:
+        end = seqlen_k
+        full = seqlen_k
+    return full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def query_range(start_n, seqlen_q, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                CAUSAL: tl.constexpr):  # fmt: skip
+    """Queries that see the keys [start_n, start_n + BLOCK_N), as (start, full).
+
+    Blocks before start see none of them, those in [start, full) need a mask, those from full on
+    see all of them. Both are multiples of BLOCK_M; full does not pass the rounded-up end.
+    """
+    if CAUSAL:
+        shift = seqlen_k - seqlen_q
+        start = tl.maximum(0, start_n - shift) // BLOCK_M * BLOCK_M
+        last = tl.maximum(0, start_n + BLOCK_N - 1 - shift)
+        full = tl.minimum(tl.cdiv(last, BLOCK_M), tl.cdiv(seqlen_q, BLOCK_M)) * BLOCK_M
+    else:
+        start = 0
+        full = 0
+    return start, full

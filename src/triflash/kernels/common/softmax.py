@@ -1,0 +1,42 @@
+"""The online softmax in base 2 (FlashAttention-2, arXiv:2307.08691, section 3.1)."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr):
+    """One block of scores against the running maximum.
+
+    s: [BLOCK_M, BLOCK_N] unscaled scores; already scaled, with -inf where hidden, if MASKED.
+    Returns the new maximum (base-2 units), p = 2^(s - maximum), and the factor for old sums.
+    """
+    if MASKED:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        # A row that has seen no key yet: -inf - (-inf) would be NaN.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+    else:
+        # Scaling after the maximum makes scale and subtraction one fused multiply-add.
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+    return m_new, p, alpha
+
+
+@triton.jit
+def finish(m_i, l_i):
+    """lse in natural log, and the factor that normalises acc; a row without keys gives -inf, 1."""
+    empty = l_i == 0.0
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
+    return lse, 1.0 / tl.where(empty, 1.0, l_i)
+
+
+@triton.jit
+def lse_to_log2(lse):
+    """lse for recomputing p = 2^(s - lse): base 2, and +inf for a row without keys, so p is 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)

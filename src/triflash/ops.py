@@ -1,0 +1,121 @@
+"""torch.library operators: what torch.compile, export, autocast and the dispatcher see.
+
+An operator takes plain numbers, so that it can stand in a graph; it rebuilds the spec from its
+tensors and calls the registry's row. Autograd is `interface._Attention`, above these operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from triflash import registry
+from triflash.spec import make_spec
+from triflash.target import target_of
+
+Tensor = torch.Tensor
+
+_library = torch.library.Library("triflash", "DEF")
+_OPTIONS = (
+    "float softmax_scale, bool causal, bool deterministic, bool allow_tf32, str implementation"
+)
+_library.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor[])"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, Tensor[] saved, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+    row = registry.resolve(implementation, spec, target_of(q.device))
+    with _on_device_of(q):
+        return row.load_forward()(q, k, v, spec)
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    saved: list[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+    row = registry.resolve(implementation, spec, target_of(q.device))
+    # Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0.
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    with _on_device_of(q):
+        return row.load_backward()(dout, dlse, q, k, v, out, lse, saved, spec)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current device, which need not be the tensors'."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention_forward", _forward, _key)
+    _library.impl("attention_backward", _backward, _key)
+
+
+@torch.library.register_fake("triflash::attention_forward", lib=_library)
+def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation):  # type: ignore[no-untyped-def]
+    batch, seqlen_q, nheads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(batch, seqlen_q, nheads, v.shape[-1])
+    lse = q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
+    saves = () if implementation == "auto" else registry.get(implementation).saves
+    return out, lse, [torch.empty_like(lse) for _ in saves]
+
+
+@torch.library.register_fake("triflash::attention_backward", lib=_library)
+def _(dout, dlse, q, k, v, out, lse, saved, softmax_scale, causal, deterministic, allow_tf32, implementation):  # type: ignore[no-untyped-def]  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, as it casts those of other attention operators."""
+    device_type = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor, list[Tensor]]]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *options: object):  # type: ignore[no-untyped-def]
+        q, k, v = cast_for_autocast(q, k, v)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.triflash.attention_forward(q, k, v, *options)
+
+    return forward
+
+
+_library.impl("attention_forward", _autocast("cpu"), "AutocastCPU")
+_library.impl("attention_forward", _autocast("cuda"), "AutocastCUDA")

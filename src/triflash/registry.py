@@ -1,0 +1,149 @@
+"""The table of implementations, in the order in which "auto" tries them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from triflash.spec import KERNEL_DTYPES, REFERENCE_DTYPES, AttentionSpec
+from triflash.target import Target
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row: a forward paired with a backward, and what the pair can do.
+
+    Attributes:
+        name: what users pass as `implementation=`.
+        summary: one line for `triflash info`.
+        forward: "module:function", `(q, k, v, spec) -> (out, lse, saved)`.
+        backward: "module:function", `(dout, dlse, q, k, v, out, lse, saved, spec) ->
+            (dq, dk, dv)`, or None.
+        saves: names of the tensors beside out and lse that the backward needs; each is float32 of
+            lse's shape.
+        dtypes: dtypes of q, k and v.
+        max_headdim: largest head dimension, None for any.
+        needs_kernels: runs Triton kernels, so needs a GPU or the interpreter.
+    """
+
+    name: str
+    summary: str
+    forward: str
+    backward: str | None
+    saves: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    max_headdim: int | None = 256
+    needs_kernels: bool = True
+
+    def supports(self, spec: AttentionSpec, target: Target) -> str | None:
+        """None if this row can run `spec` on `target`, else the reason as a sentence."""
+        if spec.dtype not in self.dtypes:
+            return f"{self.name} takes {_names(self.dtypes)}, not {_name(spec.dtype)}."
+        headdim = max(spec.headdim, spec.headdim_v)
+        if self.max_headdim is not None and headdim > self.max_headdim:
+            return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
+        if not self.needs_kernels:
+            return None
+        if not target.has_triton:
+            return f"{self.name} needs the triton package, which is not installed."
+        if not target.runs_kernels:
+            return (
+                f"{self.name} runs on a GPU, and q is on {target.kind}; move the tensors to a GPU, "
+                "or set TRITON_INTERPRET=1 before triflash is imported to run its kernels in "
+                "Triton's interpreter."
+            )
+        if target.interpreter and spec.dtype == torch.bfloat16:
+            return (
+                f"{self.name} refuses bfloat16 in Triton's interpreter, whose tl.dot is wrong "
+                "for it; use float16 or float32 there."
+            )
+        if not target.interpreter and target.kind == "cuda" and target.sm < 80:
+            return f"{self.name} needs an NVIDIA GPU of sm_80 (Ampere) or later, not {target.arch}."
+        return None
+
+    def load_forward(self) -> Callable[..., Any]:
+        return _load(self.forward)
+
+    def load_backward(self) -> Callable[..., Any]:
+        if self.backward is None:
+            raise NotImplementedError(f"{self.name} has no backward.")
+        return _load(self.backward)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        name="v2",
+        summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
+        forward="triflash.kernels.v2.forward:forward",
+        backward="triflash.kernels.v2.backward:backward",
+    ),
+    Implementation(
+        name="reference",
+        summary="textbook attention in PyTorch: any device, quadratic memory, the oracle",
+        forward="triflash.reference:forward",
+        backward="triflash.reference:backward",
+        dtypes=REFERENCE_DTYPES,
+        max_headdim=None,
+        needs_kernels=False,
+    ),
+)
+
+
+def implementations() -> list[str]:
+    """Names that `implementation=` takes beside "auto", in the order in which "auto" tries them."""
+    return [row.name for row in IMPLEMENTATIONS]
+
+
+def get(name: str) -> Implementation:
+    """The row called `name`; ValueError lists the known names."""
+    for row in IMPLEMENTATIONS:
+        if row.name == name:
+            return row
+    raise ValueError(
+        f'implementation must be "auto" or one of {", ".join(implementations())}, got {name!r}'
+    )
+
+
+@lru_cache(maxsize=4096)
+def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
+    """The row that runs `spec` on `target`: the named one, or for "auto" the first that can.
+
+    Raises:
+        ValueError: no row is called `name`.
+        NotImplementedError: the row cannot run the call; the message is its reason.
+    """
+    if name != "auto":
+        row = get(name)
+        reason = row.supports(spec, target)
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return row
+    reasons = []
+    for row in IMPLEMENTATIONS:
+        # On a GPU a quadratic stand-in would be a silent fallback; there "auto" means a kernel.
+        if not row.needs_kernels and target.kind in ("cuda", "hip"):
+            continue
+        reason = row.supports(spec, target)
+        if reason is None:
+            return row
+        reasons.append(reason)
+    raise NotImplementedError(" ".join(reasons))
+
+
+@lru_cache(maxsize=64)
+def _load(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(_name(dtype) for dtype in dtypes)
