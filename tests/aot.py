@@ -1,0 +1,159 @@
+"""Compile the launches of a call to machine code for a GPU that is not there.
+
+A host function runs on meta tensors with `launch` replaced by a recorder, so what is compiled is
+what the configuration for that target would launch, with the same specialisation of arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from triflash.kernels.v2 import backward as v2_backward
+from triflash.kernels.v2 import forward as v2_forward
+from triflash.spec import make_spec
+from triflash.target import Target
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Target("cuda", "sm_80", 108), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), Target("cuda", "sm_86", 84), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), Target("cuda", "sm_89", 128), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), Target("cuda", "sm_90", 132), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), Target("cuda", "sm_100", 148), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), Target("cuda", "sm_120", 170), 99 * 1024),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), Target("hip", "gfx90a", 110), 64 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Target("hip", "gfx942", 304), 64 * 1024),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), Target("hip", "gfx1100", 96), 64 * 1024),
+}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass
+class Launch:
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constexprs: tuple[Any, ...]
+    config: Any
+
+
+@dataclass
+class Compiled:
+    name: str
+    config: Any
+    shared: int
+    registers: int = 0
+    spills: int = 0
+    asm: Any = None
+
+
+@contextmanager
+def recorded(target: Target):
+    launches: list[Launch] = []
+
+    def record(kernel, grid, args, constexprs, config):
+        launches.append(Launch(kernel, grid, args, constexprs, config))
+
+    with mock.patch.multiple(
+        v2_forward, launch=record, target_of=lambda _: target
+    ), mock.patch.multiple(v2_backward, launch=record, target_of=lambda _: target):
+        yield launches
+
+
+def record_call(
+    target: Target,
+    dtype: torch.dtype = torch.bfloat16,
+    headdim: int = 64,
+    headdim_v: int | None = None,
+    causal: bool = False,
+    nheads: int = 4,
+    nheads_k: int = 4,
+    seqlen: int = 1024,
+    allow_tf32: bool = False,
+    softmax_scale: float | None = None,
+    dlse: bool = False,
+) -> list[Launch]:
+    """The launches of v2's forward and backward for one call on `target`."""
+    headdim_v = headdim if headdim_v is None else headdim_v
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q = empty(2, seqlen, nheads, headdim)
+    k = empty(2, seqlen, nheads_k, headdim)
+    v = empty(2, seqlen, nheads_k, headdim_v)
+    spec = make_spec(q, k, v, softmax_scale, causal, False, allow_tf32)
+    with recorded(target) as launches:
+        out, lse, saved = v2_forward.forward(q, k, v, spec)
+        gradient = torch.empty_like(lse) if dlse else None
+        v2_backward.backward(torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
+    return launches
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
+    """Compile as Triton would at this launch; raises what Triton raises."""
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    values = (*launch.args, *launch.constexprs)
+    assert len(values) == len(kernel.params)
+    for i, (param, value) in enumerate(zip(kernel.params, values, strict=True)):
+        if param.is_constexpr or (
+            isinstance(value, int) and value == 1 and not param.do_not_specialize
+        ):
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = f"*{_TYPES[value.dtype]}"
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i64" if value >= 2**31 else "i32"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    result = Compiled(kernel.__name__, launch.config, compiled.metadata.shared, asm=compiled.asm)
+    if target.backend == "cuda":
+        result.registers, result.spills = resources(compiled.asm["cubin"])
+    return result
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack a thread, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def sass(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("nvdisasm"), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
