@@ -46,6 +46,7 @@ using namespace cute;
 using Element = ELEMENT;
 
 constexpr float kInfinity = cuda::std::numeric_limits<float>::infinity();
+constexpr float kLowest = cuda::std::numeric_limits<float>::lowest();
 constexpr int kThreads = 32 * NUM_WARPS;
 constexpr int kVector = 8;                           // elements in 16 bytes
 constexpr int kTilesM = BLOCK_M / (16 * NUM_WARPS);  // tiles of 16 rows that a warp owns
@@ -61,12 +62,13 @@ using SwizzledRows = decltype(composition(Swizzle<kWidth == 64 ? 3 : 2, 3, 3>{},
 template <int ROWS>
 using SharedTile = decltype(tile_to_shape(SwizzledRows{}, Shape<Int<ROWS>, Int<HEADDIM>>{}));
 
-// The offset of (row + i, column + j) from that of (row, column), without swizzling again, so that
-// one register serves many addresses. i is a multiple of 8, which leaves the permutation as it is;
-// j sets only bits that column leaves 0, so adding it within a row is an exclusive or as well.
+// Element (row + i, column + j) of a tile, from the offset of (row, column) and without swizzling
+// again, so that one register serves many addresses. i is a multiple of 8, which leaves the
+// permutation as it is; j sets only bits that column leaves 0, so that adding it within a row is an
+// exclusive or as well.
 template <int ROWS>
-CUTE_DEVICE int moved(int offset, int i, int j) {
-  return (offset ^ j % kWidth) + SharedTile<ROWS>{}(i, j / kWidth * kWidth);
+CUTE_DEVICE Element& element(Element* tile, int offset, int i, int j) {
+  return (tile + (offset ^ j % kWidth))[SharedTile<ROWS>{}(i, j / kWidth * kWidth)];
 }
 
 // Tensor cores: a warp multiplies 16 x 16 by 16 x 8. Of the result, lane l holds columns
@@ -85,59 +87,60 @@ using ResultAsOperand =
            Stride<Stride<_1, _2, Int<4 * kTilesM>>, _4, Int<8 * kTilesM>>>;
 
 // Between global and shared memory, neighbouring threads move neighbouring 16-byte vectors. Calls
-// visit(row, column, offset in shared memory) for this thread's vectors of a tile.
+// visit(i, j) for the rows and columns that lie between a thread's first vector of a tile and others.
+constexpr int kThreadsARow = kWidth / kVector;
 template <int ROWS, class Visit>
-CUTE_DEVICE void for_each_vector(unsigned thread, Visit visit) {
-  constexpr int kThreadsARow = kWidth / kVector;
+CUTE_DEVICE void for_each_vector(Visit visit) {
   constexpr int kRowsAtOnce = kThreads / kThreadsARow;
   static_assert(ROWS % kRowsAtOnce == 0);
-  unsigned const row = thread / kThreadsARow, column = thread % kThreadsARow * kVector;
-  int const offset = SharedTile<ROWS>{}(row, column);
   CUTE_UNROLL
   for (int i = 0; i < ROWS; i += kRowsAtOnce) {
     CUTE_UNROLL
     for (int j = 0; j < HEADDIM; j += kWidth) {
-      visit(int(row + i), int(column + j), moved<ROWS>(offset, i, j));
+      visit(i, j);
     }
   }
 }
 
-// Starts to load a tile. What lies at or beyond `rows` and `columns` is never read and becomes 0,
-// so that nothing behind a tensor can reach the result.
+// Starts to load a tile, of which this thread's first vector is at `source` and at `offset` in
+// shared memory, and of which `rows` and `columns` exist from there on. What does not exist is never
+// read and becomes 0, so that nothing behind a tensor can reach the result.
 template <int ROWS>
-CUTE_DEVICE void load_tile(Element* tile, Element const* source, int64_t stride, int rows,
-                           int columns, unsigned thread) {
-  for_each_vector<ROWS>(thread, [&](int row, int column, int offset) {
-    Element const* const from = source + row * stride + column;
-    uint128_t& to = reinterpret_cast<uint128_t&>(tile[offset]);
+CUTE_DEVICE void load_tile(Element* tile, int offset, Element const* source, int64_t stride,
+                           int rows, int columns) {
+  for_each_vector<ROWS>([&](int i, int j) {
+    Element const* const from = source + i * stride + j;
+    uint128_t& to = reinterpret_cast<uint128_t&>(element<ROWS>(tile, offset, i, j));
     if constexpr (ALIGNED) {
       SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(
-          reinterpret_cast<uint128_t const&>(*from), to, row < rows && column < columns);
+          reinterpret_cast<uint128_t const&>(*from), to, i < rows && j < columns);
     } else {
       alignas(16) Element vector[kVector];
       CUTE_UNROLL
-      for (int i = 0; i < kVector; ++i) {
-        vector[i] = row < rows && column + i < columns ? from[i] : Element(0.0f);
+      for (int n = 0; n < kVector; ++n) {
+        vector[n] = i < rows && j + n < columns ? from[n] : Element(0.0f);
       }
       to = reinterpret_cast<uint128_t const&>(vector);
     }
   });
 }
 
+// The reverse, for as much of the tile as exists in `target`.
 template <int ROWS>
-CUTE_DEVICE void store_tile(Element const* tile, Element* target, int64_t stride, int rows,
-                            int columns, unsigned thread) {
-  for_each_vector<ROWS>(thread, [&](int row, int column, int offset) {
-    Element* const to = target + row * stride + column;
+CUTE_DEVICE void store_tile(Element* tile, int offset, Element* target, int64_t stride, int rows,
+                            int columns) {
+  for_each_vector<ROWS>([&](int i, int j) {
+    Element* const to = target + i * stride + j;
+    Element const* const from = &element<ROWS>(tile, offset, i, j);
     if constexpr (ALIGNED) {
-      if (row < rows && column < columns) {
-        reinterpret_cast<uint128_t&>(*to) = reinterpret_cast<uint128_t const&>(tile[offset]);
+      if (i < rows && j < columns) {
+        *reinterpret_cast<uint128_t*>(to) = *reinterpret_cast<uint128_t const*>(from);
       }
     } else {
       CUTE_UNROLL
-      for (int i = 0; i < kVector; ++i) {
-        if (row < rows && column + i < columns) {
-          to[i] = tile[offset + i];
+      for (int n = 0; n < kVector; ++n) {
+        if (i < rows && j + n < columns) {
+          to[n] = from[n];
         }
       }
     }
@@ -151,33 +154,26 @@ CUTE_DEVICE void load_matrices(Element const& row, Element& registers) {
   Operation::copy(reinterpret_cast<uint128_t const&>(row), to[0], to[1], to[2], to[3]);
 }
 
-// c += a b. load(slice) fetches the operands' next 16 columns, one slice ahead of the tensor cores.
+// c += a b, 16 columns of a and rows of b at a time, which load(slice) fetches; the compiler starts
+// the loads early.
 template <class C, class A, class B, class Load>
 CUTE_DEVICE void multiply(C& c, A const& a, B const& b, Load load) {
-  load(0);
   CUTE_UNROLL
   for (int slice = 0; slice < size<2>(b); ++slice) {
-    if (slice + 1 < size<2>(b)) {
-      load(slice + 1);
-    }
+    load(slice);
     gemm(Mma{}, a(_, _, slice), b(_, _, slice), c);
   }
 }
 
-// A result rounded to q's precision, two neighbouring columns at a time.
-template <class Source>
-CUTE_DEVICE auto rounded(Source const& source) {
-  Tensor target = make_tensor<Element>(source.layout());
-  CUTE_UNROLL
-  for (int i = 0; i < size(source); i += 2) {
-    float const low = source.data()[i], high = source.data()[i + 1];
-    if constexpr (is_same_v<Element, half_t>) {
-      reinterpret_cast<__half2&>(target.data()[i]) = __floats2half2_rn(low, high);
-    } else {
-      reinterpret_cast<__nv_bfloat162&>(target.data()[i]) = __floats2bfloat162_rn(low, high);
-    }
+// Two neighbouring columns of a result, rounded to q's precision.
+CUTE_DEVICE uint32_t rounded(float const& low, float const& high) {
+  if constexpr (is_same_v<Element, half_t>) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  } else {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
   }
-  return target;
 }
 
 // A row of a result is spread over four neighbouring lanes.
@@ -216,37 +212,41 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
   int const tile_m = causal ? tiles_m - 1 - blockIdx.x % tiles_m : blockIdx.x % tiles_m;
   int const start_m = tile_m * BLOCK_M;
 
-  // Steps [0, full_steps) see all of their keys, those in [full_steps, steps) need a mask.
-  int const shift = seqlen_k - seqlen_q;
-  int const end_n = causal ? min(seqlen_k, max(0, start_m + BLOCK_M + shift)) : seqlen_k;
-  int const full_n = causal ? min(seqlen_k, max(0, start_m + 1 + shift)) : seqlen_k;
+  // Query i sees the keys below i + diagonal. Steps [0, full_steps) see all of their keys, those in
+  // [full_steps, steps) need a mask.
+  int const diagonal = causal ? seqlen_k - seqlen_q + 1 : seqlen_k;
+  int const end_n = min(seqlen_k, max(0, start_m + BLOCK_M - 1 + diagonal));
+  int const full_n = min(seqlen_k, max(0, start_m + diagonal));
   int const steps = (end_n + BLOCK_N - 1) / BLOCK_N;
   int const full_steps = full_n / BLOCK_N;
-
-  q += batch * stride_qb + head * stride_qh + start_m * stride_qs;
-  k += batch * stride_kb + head_k * stride_kh;
-  v += batch * stride_vb + head_k * stride_vh;
 
   // Shared memory holds q's tile, a ring of STAGES tiles of K and one of V.
   Element* const memory = reinterpret_cast<Element*>(shared);
   constexpr int kTileKV = BLOCK_N * HEADDIM;
   constexpr int kRingK = BLOCK_M * HEADDIM;
   constexpr int kRingV = kRingK + STAGES * kTileKV;
+
+  // This thread's first vector of a tile. k and v move on with every tile that is loaded.
+  int const copy_row = thread / kThreadsARow, copy_column = thread % kThreadsARow * kVector;
+  int const copy_offset = SharedTile<BLOCK_M>{}(copy_row, copy_column);
+  q += batch * stride_qb + head * stride_qh + (start_m + copy_row) * stride_qs + copy_column;
+  k += batch * stride_kb + head_k * stride_kh + copy_row * stride_ks + copy_column;
+  v += batch * stride_vb + head_k * stride_vh + copy_row * stride_vs + copy_column;
   // Every call is one group of copies, if only an empty one, so that counting groups tells which
   // tiles have arrived.
   auto issue_k = [&](int step) {
     if (step < steps) {
-      int const row = step * BLOCK_N;
-      load_tile<BLOCK_N>(memory + kRingK + step % STAGES * kTileKV, k + row * stride_ks, stride_ks,
-                         seqlen_k - row, headdim, thread);
+      load_tile<BLOCK_N>(memory + kRingK + step % STAGES * kTileKV, copy_offset, k, stride_ks,
+                         seqlen_k - step * BLOCK_N - copy_row, headdim - copy_column);
+      k += BLOCK_N * stride_ks;
     }
     cp_async_fence();
   };
   auto issue_v = [&](int step) {
     if (step < steps) {
-      int const row = step * BLOCK_N;
-      load_tile<BLOCK_N>(memory + kRingV + step % STAGES * kTileKV, v + row * stride_vs, stride_vs,
-                         seqlen_k - row, headdim_v, thread);
+      load_tile<BLOCK_N>(memory + kRingV + step % STAGES * kTileKV, copy_offset, v, stride_vs,
+                         seqlen_k - step * BLOCK_N - copy_row, headdim_v - copy_column);
+      v += BLOCK_N * stride_vs;
     }
     cp_async_fence();
   };
@@ -258,7 +258,8 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
     __syncthreads();
   };
 
-  load_tile<BLOCK_M>(memory, q, stride_qs, seqlen_q - start_m, headdim, thread);
+  load_tile<BLOCK_M>(memory, copy_offset, q, stride_qs, seqlen_q - start_m - copy_row,
+                     headdim - copy_column);
   CUTE_UNROLL
   for (int step = 0; step < STAGES; ++step) {
     issue_k(step);
@@ -284,13 +285,13 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
   Tensor rK = make_tensor<Element>(Shape<Shape<_2, _2>, Int<BLOCK_N / 8>, Int<HEADDIM / 16>>{});
   Tensor rV = make_tensor<Element>(Shape<Shape<_2, _2>, Int<HEADDIM / 8>, Int<BLOCK_N / 16>>{});
   int const piece_q = SharedTile<BLOCK_M>{}(warp * 16 + lane % 16, lane / 16 * 8);
-  int const piece_k = kRingK + SharedTile<BLOCK_N>{}(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
-  int const piece_v = kRingV + SharedTile<BLOCK_N>{}(lane % 16, lane / 16 * 8);
+  int const piece_k = SharedTile<BLOCK_N>{}(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+  int const piece_v = SharedTile<BLOCK_N>{}(lane % 16, lane / 16 * 8);
   auto load_q = [&](int slice) {
     CUTE_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       load_matrices<SM75_U32x4_LDSM_N>(
-          memory[moved<BLOCK_M>(piece_q, m * NUM_WARPS * 16, slice * 16)], rQ(_0{}, m, slice));
+          element<BLOCK_M>(memory, piece_q, m * NUM_WARPS * 16, slice * 16), rQ(_0{}, m, slice));
     }
   };
   if constexpr (Q_IN_REGISTERS) {
@@ -303,11 +304,13 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
 
   Tensor rO = make_tensor<float>(Result<HEADDIM>{});
   Tensor out_rows = make_tensor(rO.data(), ResultByRow<HEADDIM>{});
+  // Maxima are in base-2 units, as are exponents. They start finite: in a row that has seen no key
+  // yet, -inf - (-inf) would be NaN.
   float m_i[kRows], l_i[kRows];
   clear(rO);
   CUTE_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    m_i[i] = -kInfinity;
+    m_i[i] = kLowest;
     l_i[i] = 0.0f;
   }
   // The first of this thread's rows and columns of a result, and how far on the others are.
@@ -321,14 +324,14 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
     clear(rS);
     next_tile();
     issue_v(step + STAGES - 1);
-    int const tile = step % STAGES * kTileKV;
+    Element* const tile_k = memory + kRingK + step % STAGES * kTileKV;
     multiply(rS, rQ, rK, [&](int slice) {
       if constexpr (!Q_IN_REGISTERS) {
         load_q(slice);
       }
       CUTE_UNROLL
       for (int n = 0; n < BLOCK_N; n += 16) {
-        load_matrices<SM75_U32x4_LDSM_N>(memory[moved<BLOCK_N>(piece_k, n, slice * 16) + tile],
+        load_matrices<SM75_U32x4_LDSM_N>(element<BLOCK_N>(tile_k, piece_k, n, slice * 16),
                                          rK(_0{}, n / 8, slice));
       }
     });
@@ -337,7 +340,7 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
         int const q_idx = start_m + first_row + next_row(i);
-        int const seen = (causal ? min(seqlen_k, q_idx + shift + 1) : seqlen_k) - step * BLOCK_N;
+        int const seen = min(seqlen_k, q_idx + diagonal) - step * BLOCK_N;
         CUTE_UNROLL
         for (int j = 0; j < size<1>(scores); ++j) {
           if (first_column + next_column(j) >= seen) {
@@ -351,33 +354,40 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
 
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      float m_new = m_i[i];
+      float m_new = scores(i, 0);
       CUTE_UNROLL
-      for (int j = 0; j < size<1>(scores); ++j) {
+      for (int j = 1; j < size<1>(scores); ++j) {
         m_new = fmaxf(m_new, scores(i, j));
       }
-      m_new = max_of_row(m_new);
-      // A row that has seen no key yet: -inf - (-inf) would be NaN.
-      float const m_safe = m_new == -kInfinity ? 0.0f : m_new;
-      float const alpha = exp2f((m_i[i] - m_safe) * scale_log2);
-      float const m_scaled = m_safe * scale_log2;
+      m_new = fmaxf(m_i[i], max_of_row(m_new) * scale_log2);
+      float const alpha = exp2f(m_i[i] - m_new);
       m_i[i] = m_new;
       l_i[i] *= alpha;
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(scores); ++j) {
-        scores(i, j) = exp2f(fmaf(scores(i, j), scale_log2, -m_scaled));
-        l_i[i] += scores(i, j);
-      }
       CUTE_UNROLL
       for (int d = 0; d < size<1>(out_rows); ++d) {
         out_rows(i, d) *= alpha;
       }
     }
-    Tensor rP = rounded(rS);
-    multiply(rO, make_tensor(rP.data(), ResultAsOperand<BLOCK_N>{}), rV, [&](int slice) {
+    // Weights are made for 16 keys at a time, just before their product, so that exponentials
+    // overlap with the tensor cores and few registers hold both scores and weights.
+    Tensor rP = make_tensor<Element>(ResultAsOperand<BLOCK_N>{});
+    Tensor weights = make_tensor(rP.data(), ResultByRow<BLOCK_N>{});
+    Element* const tile_v = memory + kRingV + step % STAGES * kTileKV;
+    multiply(rO, rP, rV, [&](int slice) {
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float p[4];
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          p[j] = exp2f(fmaf(scores(i, 4 * slice + j), scale_log2, -m_i[i]));
+        }
+        reinterpret_cast<uint32_t&>(weights(i, 4 * slice)) = rounded(p[0], p[1]);
+        reinterpret_cast<uint32_t&>(weights(i, 4 * slice + 2)) = rounded(p[2], p[3]);
+        l_i[i] += (p[0] + p[1]) + (p[2] + p[3]);
+      }
       CUTE_UNROLL
       for (int d = 0; d < HEADDIM; d += 16) {
-        load_matrices<SM75_U16x8_LDSM_T>(memory[moved<BLOCK_N>(piece_v, slice * 16, d) + tile],
+        load_matrices<SM75_U16x8_LDSM_T>(element<BLOCK_N>(tile_v, piece_v, slice * 16, d),
                                          rV(_0{}, d / 8, slice));
       }
     });
@@ -395,7 +405,7 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
     }
     int const q_idx = start_m + first_row + next_row(i);
     if (first_column == 0 && q_idx < seqlen_q) {
-      lse[q_idx] = empty ? -kInfinity : (m_i[i] * scale_log2 + log2f(l)) * 0.6931471805599453f;
+      lse[q_idx] = empty ? -kInfinity : (m_i[i] + log2f(l)) * 0.6931471805599453f;
     }
   }
 
@@ -403,19 +413,19 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
   // a step nothing has waited for q itself.
   cp_async_wait<0>();
   __syncthreads();
-  Tensor converted = rounded(rO);
-  Tensor converted_rows = make_tensor(converted.data(), ResultByRow<HEADDIM>{});
   int const first = SharedTile<BLOCK_M>{}(unsigned(first_row), unsigned(first_column));
   CUTE_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CUTE_UNROLL
     for (int d = 0; d < size<1>(out_rows); d += 2) {
-      reinterpret_cast<uint32_t&>(memory[moved<BLOCK_M>(first, next_row(i), next_column(d))]) =
-          reinterpret_cast<uint32_t const&>(converted_rows(i, d));
+      reinterpret_cast<uint32_t&>(element<BLOCK_M>(memory, first, next_row(i), next_column(d))) =
+          rounded(out_rows(i, d), out_rows(i, d + 1));
     }
   }
   __syncthreads();
   int64_t const stride_os = nheads * headdim_v;
-  out += (int64_t(batch) * seqlen_q + start_m) * stride_os + int64_t(head) * headdim_v;
-  store_tile<BLOCK_M>(memory, out, stride_os, seqlen_q - start_m, headdim_v, thread);
+  out += (int64_t(batch) * seqlen_q + start_m + copy_row) * stride_os +
+         int64_t(head) * headdim_v + copy_column;
+  store_tile<BLOCK_M>(memory, copy_offset, out, stride_os, seqlen_q - start_m - copy_row,
+                      headdim_v - copy_column);
 }
