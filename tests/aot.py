@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triflash.kernels.common.launch import Launch
 from triflash.kernels.v2 import backward as v2_backward
 from triflash.kernels.v2 import forward as v2_forward
 from triflash.spec import make_spec
@@ -41,7 +42,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass
-class Launch:
+class RecordedLaunch:
     kernel: Any
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
@@ -61,14 +62,19 @@ class Compiled:
 
 @contextmanager
 def recorded(target: Target):
-    launches: list[Launch] = []
+    launches: list[RecordedLaunch] = []
 
-    def record(kernel, grid, args, constexprs, config):
-        launches.append(Launch(kernel, grid, args, constexprs, config))
+    def record(launch, *tensors):
+        args = (*tensors, *launch.scalars)
+        launches.append(
+            RecordedLaunch(launch.kernel, launch.grid, args, launch.constexprs, launch.config)
+        )
 
-    with mock.patch.multiple(
-        v2_forward, launch=record, target_of=lambda _: target
-    ), mock.patch.multiple(v2_backward, launch=record, target_of=lambda _: target):
+    with (
+        mock.patch.object(Launch, "__call__", record),
+        mock.patch.object(v2_forward, "target_of", lambda _: target),
+        mock.patch.object(v2_backward, "target_of", lambda _: target),
+    ):
         yield launches
 
 
@@ -84,7 +90,7 @@ def record_call(
     allow_tf32: bool = False,
     softmax_scale: float | None = None,
     dlse: bool = False,
-) -> list[Launch]:
+) -> list[RecordedLaunch]:
     """The launches of v2's forward and backward for one call on `target`."""
     headdim_v = headdim if headdim_v is None else headdim_v
 
@@ -102,7 +108,7 @@ def record_call(
     return launches
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
+def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     """Compile as Triton would at this launch; raises what Triton raises."""
     kernel = launch.kernel
     signature: dict[str, str] = {}

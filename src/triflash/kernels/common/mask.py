@@ -8,12 +8,31 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
-    """Whether the query at q_idx sees the key at k_idx; the two must broadcast."""
-    inside = k_idx < seqlen_k
+def visible(q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: tl.constexpr,
+            CHECK_KEYS: tl.constexpr):  # fmt: skip
+    """Whether query start_m + q_off sees key start_n + k_off; the offsets must broadcast.
+
+    CHECK_KEYS also hides keys past seqlen_k. Offsets are compared within the tile, so that an
+    element costs one comparison with a number that is the same for the whole tile.
+    """
     if CAUSAL:
-        inside = inside & (k_idx <= q_idx + (seqlen_k - seqlen_q))
-    return inside
+        seen = k_off - q_off <= start_m - start_n + (seqlen_k - seqlen_q)
+        if CHECK_KEYS:
+            seen = seen & (k_off < seqlen_k - start_n)
+    else:
+        seen = k_off < seqlen_k - start_n
+    return seen
+
+
+@triton.jit
+def hide(x, edge, fill, q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: tl.constexpr,
+         CHECK_KEYS: tl.constexpr):  # fmt: skip
+    """x with `fill` where a query does not see a key; only tiles on the mask's edge pay for it."""
+    if CAUSAL or CHECK_KEYS:
+        if edge:  # noqa: SIM102 (a constexpr and a runtime condition)
+            seen = visible(q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL, CHECK_KEYS)
+            x = tl.where(seen, x, fill)
+    return x
 
 
 @triton.jit
@@ -39,13 +58,12 @@ def query_range(start_n, seqlen_q, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     """Queries that see the keys [start_n, start_n + BLOCK_N), as (start, full).
 
     Blocks before start see none of them, those in [start, full) need a mask, those from full on
-    see all of them. Both are multiples of BLOCK_M; full does not pass the rounded-up end.
+    see all of them. start is a multiple of BLOCK_M.
     """
     if CAUSAL:
         shift = seqlen_k - seqlen_q
         start = tl.maximum(0, start_n - shift) // BLOCK_M * BLOCK_M
-        last = tl.maximum(0, start_n + BLOCK_N - 1 - shift)
-        full = tl.minimum(tl.cdiv(last, BLOCK_M), tl.cdiv(seqlen_q, BLOCK_M)) * BLOCK_M
+        full = tl.maximum(0, start_n + BLOCK_N - 1 - shift)
     else:
         start = 0
         full = 0
