@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace) -> int:
             f"Triton's interpreter runs the kernels, because {why}: the same code, statement by "
             "statement in Python. It is slow, so the defaults are tiny and its time means nothing."
         )
-    console.print(job.describe(target.interpreter))
+    console.print(job.describe(target.interpreter), markup=False)
     try:
         return _compare(job, prompt, out, console)
     except torch.cuda.OutOfMemoryError as error:
