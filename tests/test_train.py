@@ -122,6 +122,15 @@ def test_a_loss_that_is_not_finite_fails_the_job(tmp_path, capsys):
     assert "A loss is not finite; try a lower --lr." in words(capsys.readouterr().out)
 
 
+def test_an_interrupt_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert job(tmp_path) == 130
+    assert capsys.readouterr().err.endswith("triflash train: interrupted\n")
+
+
 def test_the_job_repeats_itself(tmp_path, capsys):
     def report(seed):
         assert job(tmp_path, "--implementation=reference", f"--seed={seed}", "--device=cpu") == 0

@@ -40,10 +40,15 @@ class _Size:
     sample_len: int
     held_out_batches: int
 
+    @property
+    def architecture(self) -> str:
+        return f"{_count(self.layers, 'layer')}, {_count(self.heads, 'head')} of {self.head_dim}"
 
-# The interpreter takes some 20 ms a program of the kernels: 64 programs a step, about a second.
+
+# The interpreter takes some 20 ms for a program of a kernel, and a step has 56 of them. Sequences
+# of two tiles, so that both unmasked and masked blocks are walked.
 _SMALL = _Size(
-    steps=48, batch_size=2, seq_len=64, layers=2, heads=2, head_dim=32, lr=5e-3, sample_len=40,
+    steps=60, batch_size=4, seq_len=64, layers=1, heads=2, head_dim=32, lr=1e-2, sample_len=48,
     held_out_batches=8,
 )  # fmt: skip
 # 5 million parameters and 32768 bytes a step: 40 million bytes in all, the library four times over.
@@ -96,13 +101,16 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0; 1 if the two runs disagree where only rounding may part them, or a loss is not finite; 2
-        for a flag that cannot be used, after a message on stderr that names it.
+        for a flag that cannot be used, after a message on stderr that names it; 130 after Ctrl-C.
     """
     try:
         return _run(args)
     except _UsageError as error:
         print(f"triflash train: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("triflash train: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -203,8 +211,8 @@ class _Job:
         megabytes = (len(self.text.train) + len(self.text.held_out)) / 1e6
         return (
             f"Text: {megabytes:.2f} MB, {self.text.source}\n"
-            f"Model: {size.layers} layers, {size.heads} heads of {size.head_dim}, "
-            f"{parameters / 1e6:.2f} million parameters; {size.steps} steps of "
+            f"Model: {size.architecture}, "
+            f"{parameters / 1e6:.2f} million parameters; {_count(size.steps, 'step')} of "
             f"{size.batch_size} x {size.seq_len} bytes\n"
             f"Attention: triflash {self.implementation} against PyTorch's "
             f"F.scaled_dot_product_attention, {str(self.dtype).removeprefix('torch.')}, {where}"
@@ -226,19 +234,20 @@ def _compare(job: _Job, prompt: str, out: Path, console: Console) -> int:
     plot.save(
         out,
         dict(reversed(curves.items())),
-        f"Tiny GPT ({size.layers} layers, {size.heads} heads of {size.head_dim}), the same weights "
+        f"Tiny GPT ({size.architecture}), the same weights "
         f"and batches\nthrough {' and '.join(curves)}",
     )
     agree = _report(job, {names[attention]: run for attention, run in runs.items()}, console)
     if size.sample_len and all(map(math.isfinite, ours.losses)):
         text = sample.generate(
             models[job.implementation],
-            prompt.encode(),
+            prompt.encode(errors="surrogateescape"),
             size.sample_len,
             seed=job.seed,
             dtype=job.dtype,
         )
-        console.rule(f"Text from the model trained through triflash {job.implementation}")
+        seen = size.steps * size.batch_size * size.seq_len
+        console.rule(f"Text from the model triflash {job.implementation} trained on {seen:,} bytes")
         console.print(_printable(text), markup=False)
         console.rule()
     console.print(f"Loss curves: {out}", markup=False, soft_wrap=True)
@@ -362,14 +371,18 @@ def _report(job: _Job, runs: dict[str, Run], console: Console) -> bool:
 
 
 def _run_interpreted(args: argparse.Namespace) -> int:
-    """The same job in a child with TRITON_INTERPRET=1, which counts before triflash is imported."""
+    """The same job in a child with TRITON_INTERPRET=1, which counts before triflash is imported.
+
+    The child's tensors are so small that threads would only wait for each other.
+    """
     command = [sys.executable, "-m", "triflash.examples.tiny_gpt.train"]
     for name, value in vars(_parser().parse_args([])).items():
         value = getattr(args, name)
         if value is not None:
             command.append(f"--{name.replace('_', '-')}={value}")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}
     try:
-        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
+        return subprocess.call(command, env=environment)
     except KeyboardInterrupt:
         return 130
 
@@ -442,6 +455,10 @@ def _output_file(path: Path) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise _UsageError(f"--out: {path} cannot be written")
     return path
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _integer(least: int) -> Callable[[str], int]:
