@@ -8,31 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: tl.constexpr,
-            CHECK_KEYS: tl.constexpr):  # fmt: skip
-    """Whether query start_m + q_off sees key start_n + k_off; the offsets must broadcast.
+def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+    """Whether the query at q_idx sees the key at k_idx; the two must broadcast.
 
-    CHECK_KEYS also hides keys past seqlen_k. Offsets are compared within the tile, so that an
-    element costs one comparison with a number that is the same for the whole tile.
+    One comparison an element: a causal mask ends at seqlen_k - 1 for the last query, so it also
+    hides keys past the end from every query that exists.
     """
     if CAUSAL:
-        seen = k_off - q_off <= start_m - start_n + (seqlen_k - seqlen_q)
-        if CHECK_KEYS:
-            seen = seen & (k_off < seqlen_k - start_n)
+        seen = k_idx - (seqlen_k - seqlen_q) <= q_idx
     else:
-        seen = k_off < seqlen_k - start_n
+        seen = k_idx < seqlen_k
     return seen
-
-
-@triton.jit
-def hide(x, edge, fill, q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: tl.constexpr,
-         CHECK_KEYS: tl.constexpr):  # fmt: skip
-    """x with `fill` where a query does not see a key; only tiles on the mask's edge pay for it."""
-    if CAUSAL or CHECK_KEYS:
-        if edge:  # noqa: SIM102 (a constexpr and a runtime condition)
-            seen = visible(q_off, k_off, start_m, start_n, seqlen_q, seqlen_k, CAUSAL, CHECK_KEYS)
-            x = tl.where(seen, x, fill)
-    return x
 
 
 @triton.jit

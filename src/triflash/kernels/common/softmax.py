@@ -27,8 +27,9 @@ def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr):
 def finish(m_i, l_i):
     """lse in natural log, and the factor that normalises acc; a row without keys gives -inf, 1."""
     empty = l_i == 0.0
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
-    return lse, 1.0 / tl.where(empty, 1.0, l_i)
+    l_safe = tl.where(empty, 1.0, l_i)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
+    return lse, 1.0 / l_safe
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from triflash import tuning
 from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
-from triflash.kernels.common.mask import hide, key_range, query_range
+from triflash.kernels.common.mask import key_range, query_range, visible
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.v2.tiles import load_tile, store_tile
 from triflash.spec import AttentionSpec
@@ -67,7 +67,6 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
     batch = pid // tiles_n // nheads_k
     head_k = pid // tiles_n % nheads_k
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     scale_log2 = softmax_scale * LOG2_E
 
     k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k, HEADDIM,
@@ -86,9 +85,14 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
             in_rows = offs_m < seqlen_q - start_m
             lse = tl.load(Lse + row + start_m + offs_m, mask=in_rows, other=float("inf"))
             s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            p_t = tl.exp2(s_t * scale_log2 - lse_to_log2(lse)[None, :])
-            p_t = hide(p_t, start_m < full, 0.0, offs_m[None, :], offs_n[:, None], start_m,
-                       start_n, seqlen_q, seqlen_k, CAUSAL, False)  # fmt: skip
+            s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+            if CAUSAL:
+                if start_m < full:  # only tiles on the edge of the mask pay for it
+                    q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+                    k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+                    seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
+                    s_t = tl.where(seen, s_t, float("-inf"))
+            p_t = tl.exp2(s_t)
             dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
                              seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
                              USE_TMA)  # fmt: skip
@@ -123,7 +127,6 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, softmax_scale, stride_qb, stride_qs
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     scale_log2 = softmax_scale * LOG2_E
 
     q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
@@ -136,14 +139,18 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, softmax_scale, stride_qb, stride_qs
     delta = tl.load(Delta + row + offs_m, mask=in_rows, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
+    _, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
     for start_n in tl.range(0, end, BLOCK_N):
         k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-        p = hide(p, start_n >= full, 0.0, offs_m[:, None], offs_n[None, :], start_m, start_n,
-                 seqlen_q, seqlen_k, CAUSAL, CHECK_KEYS)  # fmt: skip
+        s = s * scale_log2 - lse_log2[:, None]
+        if CAUSAL or CHECK_KEYS:  # in every block: here a branch costs more than it saves
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s)
         v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -190,7 +197,8 @@ def _descriptors(config: tuning.TileConfig, *inputs: torch.Tensor) -> tuple[obje
     """TMA descriptors of q, k, v and dout, with the tiles that the kernels load."""
     rows = (config.block_m, config.block_n, config.block_n, config.block_m)
     return tuple(
-        tile_descriptor(x, n, tuning.block_d(x.shape[-1])) for x, n in zip(inputs, rows, strict=True)
+        tile_descriptor(x, n, tuning.block_d(x.shape[-1]))
+        for x, n in zip(inputs, rows, strict=True)
     )
 
 
@@ -210,6 +218,7 @@ def _prepare(
     block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
     strides = (*stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_dout[:3])
     lengths = (spec.seqlen_q, spec.seqlen_k)
+    precision = tuning.dot_precision(spec, target)
     queries, keys = spec.nheads * spec.batch, spec.nheads_k * spec.batch
 
     config = tuning.v2_delta(spec, target)
@@ -230,7 +239,7 @@ def _prepare(
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.seqlen_q % config.block_m != 0, tuning.dot_precision(spec), use_tma),
+         spec.causal, spec.seqlen_q % config.block_m != 0, precision, use_tma),
         config,
     )  # fmt: skip
 
@@ -241,7 +250,7 @@ def _prepare(
         (spec.softmax_scale, *strides, *_strides(spec.seqlen_q, spec.nheads, spec.headdim),
          spec.nheads, spec.group_size, *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.seqlen_k % config.block_n != 0, tuning.dot_precision(spec), use_tma),
+         spec.causal, spec.seqlen_k % config.block_n != 0, precision, use_tma),
         config,
     )  # fmt: skip
     return delta, dkdv, dq

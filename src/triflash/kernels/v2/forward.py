@@ -1,9 +1,9 @@
 """FlashAttention-2 forward (arXiv:2307.08691, Algorithm 1).
 
 What v2 changes against v1: the output stays unnormalised until the last block, exponents are in
-base 2, one program owns a block of queries (so nothing is shared between programs), and only lse is
-saved for the backward. Blocks that a causal mask hides are never visited, and only those on its edge
-pay for masking.
+base 2, one program owns a block of queries (so nothing is shared between programs), and only lse
+is saved for the backward. Blocks that a causal mask hides are never visited, and only those on its
+edge pay for masking.
 
 FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: q, out and lse
 once; k and v once for each block of queries, mostly from L2.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from triflash import tuning
 from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
-from triflash.kernels.common.mask import hide, key_range
+from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.v2.tiles import load_tile, store_tile
 from triflash.spec import AttentionSpec
@@ -42,8 +42,6 @@ def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, strid
     head = pid // tiles_m % nheads
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
 
     q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
                   BLOCK_M, BLOCK_D, True, USE_TMA)  # fmt: skip
@@ -63,8 +61,12 @@ def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, strid
         k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        s = hide(s, start_n >= full, float("-inf"), offs_m[:, None], offs_n[None, :], start_m,
-                 start_n, seqlen_q, seqlen_k, CAUSAL, CHECK_KEYS)  # fmt: skip
+        if CAUSAL or CHECK_KEYS:
+            if start_n >= full:  # only tiles on the edge of the mask pay for it
+                q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
+                s = tl.where(seen, s, float("-inf"))
         m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL or CHECK_KEYS)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -75,6 +77,7 @@ def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, strid
     lse, normaliser = finish(m_i, l_i)
     store_tile(Out, acc * normaliser[:, None], batch, head, start_m, stride_ob, stride_os,
                stride_oh, seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
+    offs_m = tl.arange(0, BLOCK_M)
     lse_row = Lse + (batch.to(tl.int64) * nheads + head) * seqlen_q + start_m
     tl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
 
@@ -126,6 +129,6 @@ def _prepare(
          spec.nheads, spec.group_size, spec.seqlen_q, spec.seqlen_k),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
-         spec.seqlen_k % config.block_n != 0, sign, tuning.dot_precision(spec), use_tma),
+         spec.seqlen_k % config.block_n != 0, sign, tuning.dot_precision(spec, target), use_tma),
         config,
     )  # fmt: skip
