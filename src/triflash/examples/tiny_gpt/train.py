@@ -48,7 +48,7 @@ class _Size:
 # The interpreter takes some 20 ms for a program of a kernel, and a step has 56 of them. Sequences
 # of two tiles, so that both unmasked and masked blocks are walked.
 _SMALL = _Size(
-    steps=60, batch_size=4, seq_len=64, layers=1, heads=2, head_dim=32, lr=1e-2, sample_len=48,
+    steps=48, batch_size=4, seq_len=64, layers=1, heads=2, head_dim=32, lr=1e-2, sample_len=40,
     held_out_batches=8,
 )  # fmt: skip
 # 5 million parameters and 32768 bytes a step: 40 million bytes in all, the library four times over.
