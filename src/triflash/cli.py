@@ -253,11 +253,11 @@ def _run_checks(cases: list[Case], names: list[str], device: torch.device, conso
 
     from triflash import testing
 
-    table = Table("implementation, case", box=box.SIMPLE_HEAD)
+    table = Table("implementation\n[not bold]case[/]", box=box.SIMPLE_HEAD)
     for name in _TENSORS:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    checked = failed = 0
+    checked = failed = unsupported = 0
     notes: dict[str, None] = {}
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -270,6 +270,7 @@ def _run_checks(cases: list[Case], names: list[str], device: torch.device, conso
                 progress.update(task, description=f"{name}: {case}")
                 reason = testing.unsupported(case, name, device)
                 if reason is not None:
+                    unsupported += 1
                     verdict, cells = "[yellow]unsupported[/]", [""] * len(_TENSORS)
                     notes[f"[yellow]unsupported[/]: {escape(reason)}"] = None
                 else:
@@ -289,12 +290,11 @@ def _run_checks(cases: list[Case], names: list[str], device: torch.device, conso
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
-    if failed:
-        console.print(f"[red]{failed} of {checked} checks failed.[/]", highlight=False)
-    elif not checked:
-        console.print("[red]Nothing was checked.[/]")
-    else:
-        console.print(f"[green]All {checked} checks passed.[/]", highlight=False)
+    summary = f"{checked - failed} of {checked} checks passed"
+    if unsupported:
+        summary += f", {unsupported} unsupported"
+    colour = "red" if failed or not checked else "green"
+    console.print(f"[{colour}]{summary}.[/]", highlight=False)
     return 1 if failed or not checked else 0
 
 
