@@ -17,13 +17,15 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 
+# Most examples compile kernels or interpret them. `pytest --hypothesis-profile long` looks longer.
 settings.register_profile(
     "triflash",
     deadline=None,
     print_blob=True,  # how to repeat the failing example
-    max_examples=300 if GPU else 12,
+    max_examples=40 if GPU else 12,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("long", settings.get_profile("triflash"), max_examples=1000)
 settings.load_profile("triflash")
 
 
@@ -34,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:.* encountered in (log2|exp2):RuntimeWarning:triton",
     ):
         config.addinivalue_line("filterwarnings", ours)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if not GPU:
+        return "triflash: no GPU, so kernels run in Triton's interpreter"
+    return f"triflash: kernels run on {torch.cuda.get_device_name()}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

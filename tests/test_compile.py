@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import aot
 import pytest
@@ -45,10 +46,6 @@ CALLS = {
 }
 
 
-def _without_interpreter() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
 class Compiler:
     """A process in which kernels are compiled, not interpreted, and which LLVM may abort."""
 
@@ -57,12 +54,11 @@ class Compiler:
 
     def __call__(self, target: str, **call) -> list[aot.Compiled]:
         if self._pool is None:
-            # One call a test, so a second process would only wait; spawned, for a fresh import.
-            self._pool = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _without_interpreter
-            )
+            # Spawned, so that it imports Triton anew, under the environment of the first call.
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            return self._pool.submit(aot.compile_call, target, **call).result()
+            with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+                return self._pool.submit(aot.compile_call, target, **call).result()
         except BrokenProcessPool:
             self.close()
             pytest.fail("the compiler ended the process")

@@ -95,7 +95,7 @@ def test_grouped_heads(implementation, causal, nheads, nheads_k, device):
 @every_row
 @both_causal
 @every_dtype
-@pytest.mark.parametrize("softmax_scale", [-1.0, -0.1, 0.0, 0.3, 2.0, 1e-30])
+@pytest.mark.parametrize("softmax_scale", [-1.0, -0.1, 0.0, 0.3, 2.0, 1e-30, 1e-46])
 def test_scales(implementation, causal, dtype, softmax_scale, device):
     n = 300 if GPU else 40
     case = Case(

@@ -136,6 +136,44 @@ def test_nothing_beyond_the_tensors_is_read(
     assert_bitwise_equal(quiet, surrounded_by(float("inf")))
 
 
+@every_kernel_row
+@both_causal
+@pytest.mark.parametrize("headdim", [40, 64])
+def test_nothing_is_written_beyond_the_outputs(
+    implementation, causal, headdim, device, monkeypatch
+):
+    """Whatever is allocated during a call gets a margin on both sides, which must stay as it is."""
+    case = _with(SMALL, causal=causal, headdim=headdim, headdim_v=24)
+    skip_unsupported(case, implementation, device)
+    inputs = make_inputs(case, device)
+    margin, sentinel = 4096, 12345.0
+    buffers: list[torch.Tensor] = []
+    full = torch.full
+
+    def empty(*size, dtype=None, device=None, **_):
+        shape = torch.Size(size[0] if isinstance(size[0], list | tuple) else size)
+        buffer = full((shape.numel() + 2 * margin,), sentinel, dtype=dtype, device=device)
+        buffers.append(buffer)
+        return buffer[margin : margin + shape.numel()].view(shape)
+
+    def empty_like(x, dtype=None, **_):
+        return empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    def new_empty(x, *size, dtype=None, **_):
+        return empty(*size, dtype=dtype or x.dtype, device=x.device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    got = run_case(case, inputs, implementation)
+    monkeypatch.undo()
+    assert len(buffers) >= len(got)
+    for buffer in buffers:
+        assert (buffer[:margin] == sentinel).all()
+        assert (buffer[-margin:] == sentinel).all()
+    assert_within_budget(case, testing.compare(case, inputs, got))
+
+
 @every_row
 def test_hidden_keys_do_not_matter(implementation, device):
     """What a causal mask hides from a query must not change a bit of its row."""

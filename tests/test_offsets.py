@@ -7,9 +7,11 @@ the process; so each case runs in one of its own.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -123,9 +125,18 @@ def test_more_than_65535_heads(implementation, device):
         assert_within_budget(case, testing.check_case(case, implementation, device))
 
 
+@pytest.fixture
+def one_at_a_time():
+    """Tests in other processes that fill the GPU's memory wait."""
+    with (Path(tempfile.gettempdir()) / "triflash-large-test.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
 @every_kernel_row
-def test_more_than_2_31_elements_in_a_batch(implementation, device):
+def test_more_than_2_31_elements_in_a_batch(implementation, device, one_at_a_time):
     """All tensors, gradients included; the last sequence is held against the oracle."""
     whole = Case(
         batch=2**13 + 1, seqlen_q=128, seqlen_k=128, nheads=16, nheads_k=16, headdim=128,
@@ -158,7 +169,7 @@ def test_more_than_2_31_elements_in_a_batch(implementation, device):
 
 @pytest.mark.gpu
 @every_kernel_row
-def test_more_than_2_31_elements_in_a_sequence(implementation, device):
+def test_more_than_2_31_elements_in_a_sequence(implementation, device, one_at_a_time):
     """One sequence of 131072 with 129 heads of 128, of which the ends are held against the oracle:
     with a causal mask the last rows of dk and dv come from the last queries alone."""
     seqlen, nheads, headdim, rows = 2**17, 129, 128, 64
