@@ -76,7 +76,8 @@ def recorded(target: Target, row: registry.Implementation):
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "__call__", record))
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
+            if hasattr(module, "target_of"):
+                stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
             for function in vars(module).values():  # tests patch the tuning that these remember
                 if callable(clear := getattr(function, "cache_clear", None)):
                     clear()

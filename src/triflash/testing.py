@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "misaligned", "junk_strides")
 
-# How often the baseline's error a tensor may have.
+# How many times the baseline's error a tensor may have.
 FACTORS = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
 # How much of float32_noise comes on top. It is one standard deviation of exact float32 arithmetic;
 # a GPU's exp2 is off by up to two units more, and its tensor cores truncate partial sums.
@@ -141,8 +141,8 @@ def laid_out(x: Tensor, layout: str, fill: float = float("nan")) -> Tensor:
 
     "transposed" lies as (batch, nheads, seqlen, headdim). "sliced" is the middle of a larger tensor
     whose other elements are `fill`, every stride and the base a multiple of 16 bytes; "misaligned"
-    is the same with a base and strides that are not. "junk_strides" gives dimensions of size 1 a
-    stride that points nowhere.
+    is the same with a base and strides that are not. "junk_strides" gives every dimension of size 1
+    a stride that points nowhere.
     """
     batch, seqlen, nheads, headdim = x.shape
     if layout == "contiguous":
@@ -151,8 +151,8 @@ def laid_out(x: Tensor, layout: str, fill: float = float("nan")) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "junk_strides":
         x = x.contiguous()
-        strides = [7 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-        return x.as_strided(x.shape, (*strides, 1))
+        strides = [7 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        return x.as_strided(x.shape, strides)
     if layout == "sliced":
         row, start = -(-headdim // 8) * 8 + 16, 8
     elif layout == "misaligned":
