@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triflash.kernels.v2 import backward as v2_backward
-from triflash.kernels.v2 import forward as v2_forward
+from triflash import registry
+from triflash.kernels.common.launch import Launch
 from triflash.spec import make_spec
 from triflash.target import Target
 
@@ -41,7 +42,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass
-class Launch:
+class RecordedLaunch:
     kernel: Any
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
@@ -60,49 +61,67 @@ class Compiled:
 
 
 @contextmanager
-def recorded(target: Target):
-    launches: list[Launch] = []
+def recorded(target: Target, row: registry.Implementation):
+    """Collect the row's launches for `target` instead of running them."""
+    launches: list[RecordedLaunch] = []
+    loaded = (row.load_forward(), row.load_backward()) if row.backward else (row.load_forward(),)
+    modules = [sys.modules[function.__module__] for function in loaded]
 
-    def record(kernel, grid, args, constexprs, config):
-        launches.append(Launch(kernel, grid, args, constexprs, config))
+    def record(launch, *tensors):
+        args = (*tensors, *launch.scalars)
+        launches.append(
+            RecordedLaunch(launch.kernel, launch.grid, args, launch.constexprs, launch.config)
+        )
 
-    with mock.patch.multiple(
-        v2_forward, launch=record, target_of=lambda _: target
-    ), mock.patch.multiple(v2_backward, launch=record, target_of=lambda _: target):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Launch, "__call__", record))
+        for module in modules:
+            if hasattr(module, "target_of"):
+                stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
+            for function in vars(module).values():  # tests patch the tuning that these remember
+                if callable(clear := getattr(function, "cache_clear", None)):
+                    clear()
         yield launches
 
 
 def record_call(
     target: Target,
+    implementation: str = "v2",
     dtype: torch.dtype = torch.bfloat16,
     headdim: int = 64,
     headdim_v: int | None = None,
     causal: bool = False,
+    batch: int = 2,
     nheads: int = 4,
     nheads_k: int = 4,
     seqlen: int = 1024,
+    seqlen_k: int | None = None,
     allow_tf32: bool = False,
     softmax_scale: float | None = None,
     dlse: bool = False,
-) -> list[Launch]:
-    """The launches of v2's forward and backward for one call on `target`."""
+) -> list[RecordedLaunch]:
+    """The launches of forward and backward for one call on `target`."""
     headdim_v = headdim if headdim_v is None else headdim_v
+    seqlen_k = seqlen if seqlen_k is None else seqlen_k
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    q = empty(2, seqlen, nheads, headdim)
-    k = empty(2, seqlen, nheads_k, headdim)
-    v = empty(2, seqlen, nheads_k, headdim_v)
+    q = empty(batch, seqlen, nheads, headdim)
+    k = empty(batch, seqlen_k, nheads_k, headdim)
+    v = empty(batch, seqlen_k, nheads_k, headdim_v)
     spec = make_spec(q, k, v, softmax_scale, causal, False, allow_tf32)
-    with recorded(target) as launches:
-        out, lse, saved = v2_forward.forward(q, k, v, spec)
-        gradient = torch.empty_like(lse) if dlse else None
-        v2_backward.backward(torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
+    row = registry.get(implementation)
+    with recorded(target, row) as launches:
+        out, lse, saved = row.load_forward()(q, k, v, spec)
+        if row.backward is not None:
+            gradient = torch.empty_like(lse) if dlse else None
+            dout = torch.empty_like(out)
+            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec)
     return launches
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
+def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     """Compile as Triton would at this launch; raises what Triton raises."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
@@ -135,6 +154,19 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
     if target.backend == "cuda":
         result.registers, result.spills = resources(compiled.asm["cubin"])
     return result
+
+
+def compile_call(name: str, with_ptx: bool = False, **call: Any) -> list[Compiled]:
+    """Compile all launches of a call (see `record_call`) for the target called `name`.
+
+    Runs in a process of its own, where Triton's interpreter is off; what is compiled stays there,
+    but for the PTX if asked for.
+    """
+    gpu, target, _ = TARGETS[name]
+    results = [compile_launch(launch, gpu) for launch in record_call(target, **call)]
+    for result in results:
+        result.asm = {"ptx": result.asm["ptx"]} if with_ptx else None
+    return results
 
 
 def _tool(name: str) -> str:

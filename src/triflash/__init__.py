@@ -1,7 +1,39 @@
-"""triflash: FlashAttention in pure Python. See `attention` and `flash_attn_func`."""
+"""triflash: FlashAttention in pure Python. See `attention` and `flash_attn_func`.
 
-from triflash.interface import attention, flash_attn_func
-from triflash.registry import implementations
+Names are imported on first use, so that `triflash --help` need not wait for torch. To load an
+exported program without using them, `import triflash.ops`, which registers the operators.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triflash import nn
+    from triflash.interface import attention, flash_attn_func
+    from triflash.registry import implementations
 
 __version__ = "0.1.0"
-__all__ = ["attention", "flash_attn_func", "implementations"]
+__all__ = ["attention", "flash_attn_func", "implementations", "nn"]
+
+_MODULES = {
+    "attention": "triflash.interface",
+    "flash_attn_func": "triflash.interface",
+    "implementations": "triflash.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name == "nn":
+        value = importlib.import_module("triflash.nn")
+    else:
+        raise AttributeError(f"module 'triflash' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

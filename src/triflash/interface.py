@@ -115,9 +115,7 @@ def _attention(
     if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
     spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
-    needs_grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-    )
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not torch.compiler.is_compiling():
         row = registry.resolve(implementation, spec, target_of(q.device))
         if needs_grad and row.backward is None:
@@ -134,7 +132,9 @@ def _attention(
 
 def _transformed() -> bool:
     """Inside torch.func or forward-mode AD, where _Attention raises and an operator would not."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 class _Attention(torch.autograd.Function):

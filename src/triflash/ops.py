@@ -95,7 +95,7 @@ def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation)
 
 
 @torch.library.register_fake("triflash::attention_backward", lib=_library)
-def _(dout, dlse, q, k, v, out, lse, saved, softmax_scale, causal, deterministic, allow_tf32, implementation):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(dout, dlse, q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 

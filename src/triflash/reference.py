@@ -22,8 +22,10 @@ def forward(
     """
     q, k, v = _head_major(spec, q, k, v)
     scores = _scores(q, k, spec)
-    lse = torch.logsumexp(scores, dim=-1) if spec.seqlen_k else scores.new_full(
-        scores.shape[:-1], float("-inf")
+    lse = (
+        torch.logsumexp(scores, dim=-1)
+        if spec.seqlen_k
+        else scores.new_full(scores.shape[:-1], float("-inf"))
     )
     out = _probabilities(scores, lse) @ v
     return out.transpose(1, 2).to(spec.dtype).contiguous(), lse, []
@@ -51,7 +53,7 @@ def backward(
     ds = p * (dp - delta) * spec.softmax_scale
     dq = ds @ k
     dk = ds.transpose(-1, -2) @ q
-    if spec.group_size > 1:
+    if spec.nheads != spec.nheads_k:
         dk, dv = (g.unflatten(1, (spec.nheads_k, spec.group_size)).sum(dim=2) for g in (dk, dv))
     return tuple(grad.transpose(1, 2).to(spec.dtype).contiguous() for grad in (dq, dk, dv))
 

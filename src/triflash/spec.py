@@ -67,7 +67,7 @@ def make_spec(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # True and 1 are one key otherwise
 def _validate(
     q_shape: torch.Size,
     k_shape: torch.Size,

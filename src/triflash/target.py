@@ -50,7 +50,9 @@ def target_of(device: torch.device) -> Target:
         return Target(device.type, interpreter=_INTERPRETER, has_triton=_HAS_TRITON)
     properties = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
-    arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    arch = (
+        properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    )
     return Target(
         kind="hip" if hip else "cuda",
         arch=arch,

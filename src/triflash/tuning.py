@@ -1,4 +1,8 @@
-"""Tile sizes, warps and stages: pure functions of spec and target, a reason beside each number."""
+"""Tile sizes, warps and stages: pure functions of spec and target, a reason beside each number.
+
+"Measured" means on an H200, bf16, 16384 tokens, hidden 2048: docs/perf-log.md has the tables. Other
+GPUs get sizes that fit their shared memory and registers, compiled but not timed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,6 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    use_tma: bool = False
 
 
 def block_d(headdim: int) -> int:
@@ -26,43 +29,139 @@ def block_d(headdim: int) -> int:
     return max(16, 1 << (headdim - 1).bit_length())
 
 
-def dot_precision(spec: AttentionSpec) -> str:
+def dot_precision(spec: AttentionSpec, target: Target) -> str:
     """tl.dot's input_precision; it only matters for float32, where tf32 keeps 10 mantissa bits."""
-    return "tf32" if spec.allow_tf32 else "ieee"
+    return "tf32" if spec.allow_tf32 and target.kind == "cuda" else "ieee"
 
 
-def v2_forward(spec: AttentionSpec, target: Target) -> TileConfig:
-    d = max(block_d(spec.headdim), block_d(spec.headdim_v))
+def tma_pays(spec: AttentionSpec, target: Target) -> bool:
+    """Whether to load by TMA.
+
+    It makes v2 up to 20% faster on Hopper (measured), but building three descriptors costs the host
+    about 30 us a call (measured), which a problem of less than about 100 us would not hide.
+    """
+    flops = 4 * spec.batch * spec.nheads * spec.seqlen_q * spec.seqlen_k * spec.headdim
+    return (
+        target.sm == 90
+        and not target.interpreter
+        and spec.dtype != torch.float32
+        and flops * (0.5 if spec.causal else 1.0) > 4e10
+    )
+
+
+def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+    """Tiles of the forward kernel."""
+    d = _widest(spec)
     if target.interpreter:
-        return TileConfig(32, 32, 4, 1)
+        return _INTERPRETER
     if spec.dtype == torch.float32:
-        return TileConfig(64, 32, 4, 1) if d <= 64 else TileConfig(32, 32, 4, 1)
-    if target.sm == 90 :
-        return TileConfig(128, 64, 4 if d <= 128 else 8, 2, True)
-    return TileConfig(128, 64, 8, 2) if d<=128 else TileConfig(64, 32, 8, 2)
+        return _float32(_FLOAT32_FORWARD, spec, target)
+    if target.kind == "hip":
+        return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
+    if d <= 64:
+        # Measured with TMA: 128 keys a step halve the softmax bookkeeping; 443-478 TFLOP/s against
+        # 407-441 with 64. Without TMA three stages of 64 were the fastest.
+        return TileConfig(64, 128, 4, 2) if use_tma else TileConfig(64, 64, 4, 3)
+    if d <= 128:
+        # Measured: 64 queries leave room for two programs a multiprocessor, which hide each
+        # other's softmax; 473-529 against 427-510 with 128 queries.
+        return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
+    if _has_227_kib(target):
+        return TileConfig(128, 64, 8, 2)
+    return TileConfig(64, 32, 8, 2 if target.sm == 80 else 1)
 
 
 def v2_delta(spec: AttentionSpec, target: Target) -> TileConfig:
-    return TileConfig(64, 1, 4, 1)
+    """Rows a program of the pre-pass, which is bound by memory: 16 to 128 measured the same."""
+    return TileConfig(16, 1, 4, 1)
 
 
-def v2_dkdv(spec: AttentionSpec, target: Target) -> TileConfig:
-    d = max(block_d(spec.headdim), block_d(spec.headdim_v))
+def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+    """Tiles of the dk, dv kernel."""
+    d = _widest(spec)
     if target.interpreter:
-        return TileConfig(32, 32, 4, 1)
+        return _INTERPRETER
     if spec.dtype == torch.float32:
-        return TileConfig(32, 32, 4, 1)
-    if target.sm == 90 :
-        return TileConfig(64, 128, 8, 2, True)
-    return TileConfig(32, 64, 4, 2)
+        return _float32(_FLOAT32_DKDV, spec, target)
+    if target.kind == "hip":
+        return TileConfig(32 if d <= 128 else 16, 64 if d <= 64 else 32, 4, 1)
+    if use_tma:
+        if d <= 64:
+            # Measured: 485-502 TFLOP/s against 341-416 with 64 queries.
+            return TileConfig(128, 64, 4, 2)
+        if d <= 128:
+            # Measured: 498-559 against 411-506 with 128 keys and 8 warps.
+            return TileConfig(64, 64, 4, 2)
+        # Measured: 64 x 64 would give 300 instead of 220, but spills when causal.
+        return TileConfig(32, 64, 8, 2)
+    if d <= 64:
+        # 64 queries spill on sm_80, where products take their operands from registers.
+        return TileConfig(64, 64, 4, 2) if _has_227_kib(target) else TileConfig(32, 64, 4, 3)
+    if d <= 128:
+        return TileConfig(32, 64, 4, 2)
+    return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
-def v2_dq(spec: AttentionSpec, target: Target) -> TileConfig:
-    d = max(block_d(spec.headdim), block_d(spec.headdim_v))
+def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+    """Tiles of the dq kernel."""
+    d = _widest(spec)
     if target.interpreter:
-        return TileConfig(32, 32, 4, 1)
+        return _INTERPRETER
     if spec.dtype == torch.float32:
-        return TileConfig(32, 32, 4, 1)
-    if target.sm == 90 :
-        return TileConfig(128, 64, 8, 2, True)
-    return TileConfig(64, 32, 4, 2)
+        return _float32(_FLOAT32_DQ, spec, target)
+    if target.kind == "hip":
+        return TileConfig(64 if d <= 64 else 32, 32 if d <= 128 else 16, 4, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 2)
+    if d <= 128:
+        if _has_227_kib(target):
+            # Measured: 8 warps win when causal (533-608 against 507-549), by a hair not otherwise.
+            return TileConfig(128, 64, 8, 3) if spec.causal else TileConfig(64, 64, 4, 2)
+        return TileConfig(64, 32, 4, 2)
+    if _has_227_kib(target):
+        return TileConfig(128, 32, 8, 2)
+    return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
+
+
+# Small tiles, so that short tests still cross several blocks.
+_INTERPRETER = TileConfig(32, 32, 4, 1)
+
+
+def _widest(spec: AttentionSpec) -> int:
+    return max(block_d(spec.headdim), block_d(spec.headdim_v))
+
+
+# True float32 has no tensor cores: a product becomes FMAs on operands in registers, where it spills
+# easily. These are the largest tiles that do not spill on sm_90; keys are the head dimension.
+_FLOAT32_FORWARD = {
+    64: TileConfig(64, 64, 8, 2),
+    128: TileConfig(32, 16, 8, 2),
+    256: TileConfig(32, 16, 8, 2),
+}
+_FLOAT32_DKDV = {
+    64: TileConfig(32, 32, 8, 2),
+    128: TileConfig(16, 32, 8, 2),
+    256: TileConfig(16, 16, 8, 2),
+}
+_FLOAT32_DQ = {
+    64: TileConfig(64, 32, 8, 2),
+    128: TileConfig(32, 32, 8, 2),
+    256: TileConfig(32, 16, 8, 2),
+}
+# tf32 runs on tensor cores, but its tiles are twice as wide in bytes as those of half precision.
+_TF32 = {
+    64: TileConfig(32, 32, 4, 1),
+    128: TileConfig(32, 32, 8, 1),
+    256: TileConfig(16, 16, 8, 1),
+}
+
+
+def _float32(table: dict[int, TileConfig], spec: AttentionSpec, target: Target) -> TileConfig:
+    if dot_precision(spec, target) == "tf32":
+        table = _TF32
+    return next(config for width, config in table.items() if _widest(spec) <= width)
+
+
+def _has_227_kib(target: Target) -> bool:
+    """Data-centre GPUs from Hopper on have 227 KiB of shared memory a program; others 64 to 163."""
+    return target.sm in (90, 100)

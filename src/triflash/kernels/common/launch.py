@@ -1,59 +1,59 @@
-"""The host side of a launch: cached compiled kernels, and TMA descriptors of attention tensors."""
+"""The host side of a launch: prepared launches, and TMA descriptors of attention tensors."""
 
-from collections.abc import Hashable
 from typing import Any
 
-import triton
-from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on and TMA demands of bases and strides
-_MAX_CACHED = 8192  # a bound for callers whose shapes never repeat
-
-_runners: dict[Hashable, Any] = {}
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    args: tuple[Any, ...],
-    constexprs: tuple[Hashable, ...],
-    config: Any,
-) -> None:
-    """Run `kernel` on the current device and stream.
+class Launch:
+    """A kernel with everything fixed but its tensors.
 
-    Binding some twenty-five arguments costs Triton about 20 us a call. The compiled kernel depends
-    on nothing but what is in the key below, so a repeated call goes straight to it.
+    Binding some twenty-five arguments costs Triton about 20 us a call, so the compiled kernel is
+    kept after the first call and run directly. Whoever keeps a Launch must keep one for each device
+    and each combination of dtypes, layouts and alignments of the tensors.
 
     Args:
-        kernel: a `@triton.jit` function whose parameters are `args`, then `constexprs`, in order.
+        kernel: a `@triton.jit` function whose parameters are tensors, scalars, constexprs in order.
+        programs: size of the one-dimensional grid.
         config: has `num_warps` and `num_stages`.
     """
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, *constexprs, **options)
-        return
-    device = triton.runtime.driver.active.get_current_device()
-    key = (kernel, device, grid, constexprs, config, *map(_specialisation, args))
-    runner = _runners.get(key)
-    if runner is None:
-        compiled = kernel[grid](*args, *constexprs, **options)
-        if len(_runners) >= _MAX_CACHED:
-            _runners.clear()
-        _runners[key] = compiled[grid]
-    else:
-        runner(*args, *constexprs)
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        scalars: tuple[float, ...],
+        constexprs: tuple[Any, ...],
+        config: Any,
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (programs, 1, 1)
+        self.scalars = scalars
+        self.constexprs = constexprs
+        self.config = config
+        self._values = (*scalars, *constexprs)
+        self._run: Any = None
+
+    def __call__(self, *tensors: Any) -> None:
+        """Run on the current device and stream."""
+        if self._run is not None:
+            self._run(*tensors, *self._values)
+            return
+        compiled = self.kernel[self.grid](
+            *tensors,
+            *self._values,
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+        )
+        if compiled is not None:  # None from the interpreter
+            self._run = compiled[self.grid]
 
 
-def _specialisation(arg: Any) -> Hashable:
-    """All that Triton can specialise a kernel on: more than it does, never less."""
-    if isinstance(arg, int):
-        return arg
-    if isinstance(arg, float):
-        return float
-    if isinstance(arg, TensorDescriptor):
-        return (arg.base.dtype, *arg.block_shape)
-    return (arg.dtype, arg.data_ptr() % _ALIGNMENT)
+def aligned(*tensors: Any) -> tuple[bool, ...]:
+    """Which tensors start at a multiple of 16 bytes."""
+    return tuple(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
 
 
 def tma_can_read(*tensors: Any) -> bool:

@@ -9,11 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
-    """Whether the query at q_idx sees the key at k_idx; the two must broadcast."""
-    inside = k_idx < seqlen_k
+    """Whether the query at q_idx sees the key at k_idx; the two must broadcast.
+
+    One comparison an element: a causal mask ends at seqlen_k - 1 for the last query, so it also
+    hides keys past the end from every query that exists.
+    """
     if CAUSAL:
-        inside = inside & (k_idx <= q_idx + (seqlen_k - seqlen_q))
-    return inside
+        seen = k_idx - (seqlen_k - seqlen_q) <= q_idx
+    else:
+        seen = k_idx < seqlen_k
+    return seen
 
 
 @triton.jit
@@ -39,13 +44,12 @@ def query_range(start_n, seqlen_q, seqlen_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     """Queries that see the keys [start_n, start_n + BLOCK_N), as (start, full).
 
     Blocks before start see none of them, those in [start, full) need a mask, those from full on
-    see all of them. Both are multiples of BLOCK_M; full does not pass the rounded-up end.
+    see all of them. start is a multiple of BLOCK_M.
     """
     if CAUSAL:
         shift = seqlen_k - seqlen_q
         start = tl.maximum(0, start_n - shift) // BLOCK_M * BLOCK_M
-        last = tl.maximum(0, start_n + BLOCK_N - 1 - shift)
-        full = tl.minimum(tl.cdiv(last, BLOCK_M), tl.cdiv(seqlen_q, BLOCK_M)) * BLOCK_M
+        full = tl.maximum(0, start_n + BLOCK_N - 1 - shift)
     else:
         start = 0
         full = 0

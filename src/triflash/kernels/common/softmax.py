@@ -11,29 +11,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr):
     """One block of scores against the running maximum.
 
-    s: [BLOCK_M, BLOCK_N] unscaled scores; already scaled, with -inf where hidden, if MASKED.
-    Returns the new maximum (base-2 units), p = 2^(s - maximum), and the factor for old sums.
+    s: [BLOCK_M, BLOCK_N] unscaled scores; -inf where hidden, which needs MASKED. scale_log2 > 0.
+    Returns the new maximum (base-2 units), p = 2^(s * scale_log2 - maximum), and the factor for
+    sums over earlier blocks.
     """
-    if MASKED:
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        # A row that has seen no key yet: -inf - (-inf) would be NaN.
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
-    else:
-        # Scaling after the maximum makes scale and subtraction one fused multiply-add.
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
-    return m_new, p, alpha
+    # Scaling after the maximum makes scale and subtraction one fused multiply-add an element.
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    # A row that has seen no key yet: -inf - (-inf) would be NaN.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    p = tl.exp2(s * scale_log2 - m_safe[:, None])
+    return m_new, p, tl.exp2(m_i - m_safe)
 
 
 @triton.jit
 def finish(m_i, l_i):
     """lse in natural log, and the factor that normalises acc; a row without keys gives -inf, 1."""
     empty = l_i == 0.0
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
-    return lse, 1.0 / tl.where(empty, 1.0, l_i)
+    l_safe = tl.where(empty, 1.0, l_i)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
+    return lse, 1.0 / l_safe
 
 
 @triton.jit

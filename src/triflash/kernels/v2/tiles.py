@@ -5,6 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_pointers(X, batch, head, row, stride_b, stride_s, stride_h, ROWS: tl.constexpr,
+                  BLOCK_D: tl.constexpr):  # fmt: skip
+    """Pointers to rows [row, row + ROWS) of a head, [ROWS, BLOCK_D]."""
+    # 64 bits: a tensor can pass 2^31 elements, within one head too.
+    base = X + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    base += tl.cast(row, tl.int64) * stride_s
+    offs_r = tl.arange(0, ROWS).to(tl.int64)
+    return base + offs_r[:, None] * stride_s + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
 def load_tile(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM: tl.constexpr,
               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr,
               USE_TMA: tl.constexpr):  # fmt: skip
@@ -16,19 +27,15 @@ def load_tile(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM
     if USE_TMA:
         tile = X.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
-        # 64 bits: a tensor can pass 2^31 elements within one head.
-        base = X + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-        base += tl.cast(row, tl.int64) * stride_s
-        offs_r = tl.arange(0, ROWS)
-        offs_d = tl.arange(0, BLOCK_D)
-        ptrs = base + offs_r[:, None].to(tl.int64) * stride_s + offs_d[None, :]
-        if CHECK_ROWS:
-            mask = (row + offs_r)[:, None] < seqlen
-            if HEADDIM != BLOCK_D:
-                mask = mask & (offs_d[None, :] < HEADDIM)
-            tile = tl.load(ptrs, mask=mask, other=0.0)
+        ptrs = tile_pointers(X, batch, head, row, stride_b, stride_s, stride_h, ROWS, BLOCK_D)
+        in_head = tl.arange(0, BLOCK_D)[None, :] < HEADDIM
+        in_rows = tl.arange(0, ROWS)[:, None] < seqlen - row
+        if CHECK_ROWS and HEADDIM == BLOCK_D:
+            tile = tl.load(ptrs, mask=in_rows, other=0.0)
+        elif CHECK_ROWS:
+            tile = tl.load(ptrs, mask=in_rows & in_head, other=0.0)
         elif HEADDIM != BLOCK_D:
-            tile = tl.load(ptrs, mask=offs_d[None, :] < HEADDIM, other=0.0)
+            tile = tl.load(ptrs, mask=in_head, other=0.0)
         else:
             tile = tl.load(ptrs)
     return tile
@@ -38,10 +45,7 @@ def load_tile(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM
 def store_tile(X, tile, batch, head, row, stride_b, stride_s, stride_h, seqlen,
                HEADDIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Write [ROWS, BLOCK_D] to rows [row, row + ROWS) of a head, nothing past HEADDIM or seqlen."""
-    base = X + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    base += tl.cast(row, tl.int64) * stride_s
-    offs_r = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base + offs_r[:, None].to(tl.int64) * stride_s + offs_d[None, :]
-    mask = ((row + offs_r)[:, None] < seqlen) & (offs_d[None, :] < HEADDIM)
-    tl.store(ptrs, tile.to(X.dtype.element_ty), mask=mask)
+    ptrs = tile_pointers(X, batch, head, row, stride_b, stride_s, stride_h, ROWS, BLOCK_D)
+    in_head = tl.arange(0, BLOCK_D)[None, :] < HEADDIM
+    in_rows = tl.arange(0, ROWS)[:, None] < seqlen - row
+    tl.store(ptrs, tile.to(X.dtype.element_ty), mask=in_rows & in_head)

@@ -1,0 +1,392 @@
+"""Inputs, a baseline and the error budget, shared by tests, `triflash check` and benchmarks.
+
+The rule is that of PyTorch's and flash-attn's own tests: against a float64 oracle on the same
+inputs, out may have at most twice and a gradient at most three times the error of plain PyTorch
+attention in the same precision. Nothing is compared with a fixed tolerance.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from triflash import reference, registry
+from triflash.interface import attention
+from triflash.spec import AttentionSpec, make_spec
+from triflash.target import target_of
+
+Tensor = torch.Tensor
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "misaligned", "junk_strides")
+
+# How many times the baseline's error a tensor may have.
+FACTORS = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
+# How much of float32_noise comes on top. It is one standard deviation of exact float32 arithmetic;
+# a GPU's exp2 is off by up to two units more, and its tensor cores truncate partial sums.
+NOISE_FACTOR = 4.0
+_SAMPLE = 2048  # elements whose largest error is a fair estimate
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: shapes `(batch, seqlen, nheads, headdim)`, options, and a seed.
+
+    Attributes:
+        headdim_v: None for headdim.
+        softmax_scale: None for headdim ** -0.5.
+        with_dlse: lse has a gradient too.
+        layout: one of LAYOUTS, how q, k, v and dout lie in memory (see `laid_out`).
+    """
+
+    batch: int = 2
+    seqlen_q: int = 128
+    seqlen_k: int = 128
+    nheads: int = 2
+    nheads_k: int = 2
+    headdim: int = 64
+    headdim_v: int | None = None
+    dtype: torch.dtype = torch.float16
+    causal: bool = False
+    softmax_scale: float | None = None
+    allow_tf32: bool = False
+    with_dlse: bool = False
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of q, k, v and out."""
+        headdim_v = self.headdim if self.headdim_v is None else self.headdim_v
+        return (
+            (self.batch, self.seqlen_q, self.nheads, self.headdim),
+            (self.batch, self.seqlen_k, self.nheads_k, self.headdim),
+            (self.batch, self.seqlen_k, self.nheads_k, headdim_v),
+            (self.batch, self.seqlen_q, self.nheads, headdim_v),
+        )
+
+    def spec(self) -> AttentionSpec:
+        """The validated spec; raises what a call with such inputs would raise."""
+        q, k, v, _ = (torch.empty(s, dtype=self.dtype, device="meta") for s in self.shapes())
+        return make_spec(q, k, v, self.softmax_scale, self.causal, False, self.allow_tf32)
+
+    def __str__(self) -> str:
+        headdim = f"{self.headdim}"
+        if self.headdim_v not in (None, self.headdim):
+            headdim += f"/{self.headdim_v}"
+        heads = f"{self.nheads}"
+        if self.nheads_k != self.nheads:
+            heads += f"/{self.nheads_k}"
+        lengths = f"{self.seqlen_q}"
+        if self.seqlen_k != self.seqlen_q:
+            lengths += f"x{self.seqlen_k}"
+        parts = [f"b{self.batch} s{lengths} h{heads} d{headdim}", _short(self.dtype)]
+        if self.causal:
+            parts.append("causal")
+        if self.softmax_scale is not None:
+            parts.append(f"scale={self.softmax_scale:g}")
+        if self.allow_tf32:
+            parts.append("tf32")
+        if self.with_dlse:
+            parts.append("dlse")
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v, and the gradients that arrive: dout `(batch, seqlen_q, nheads, headdim_v)` and dlse
+    `(batch, nheads, seqlen_q)` float32 or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tensor of one call: its largest error against float64, and the largest allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN, whichever of the two it is
+
+
+def make_inputs(case: Case, device: torch.device | str) -> Inputs:
+    """Fresh standard normal inputs on `device`, the same for the same seed and device."""
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(case.seed)
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.randn(shape, generator=generator, dtype=wide, device=device).to(dtype)
+
+    q, k, v, dout = (laid_out(normal(s, case.dtype), case.layout) for s in case.shapes())
+    lse_shape = (case.batch, case.nheads, case.seqlen_q)
+    lse_dtype = torch.promote_types(case.dtype, torch.float32)
+    return Inputs(q, k, v, dout, normal(lse_shape, lse_dtype) if case.with_dlse else None)
+
+
+def laid_out(x: Tensor, layout: str, fill: float = float("nan")) -> Tensor:
+    """The values of `x` `(batch, seqlen, nheads, headdim)` under other strides.
+
+    "transposed" lies as (batch, nheads, seqlen, headdim). "sliced" is the middle of a larger tensor
+    whose other elements are `fill`, every stride and the base a multiple of 16 bytes; "misaligned"
+    is the same with a base and strides that are not. "junk_strides" gives every dimension of size 1
+    a stride that points nowhere.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "junk_strides":
+        x = x.contiguous()
+        strides = [7 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        return x.as_strided(x.shape, strides)
+    if layout == "sliced":
+        row, start = -(-headdim // 8) * 8 + 16, 8
+    elif layout == "misaligned":
+        row, start = headdim + 1 + headdim % 2, 1
+    else:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    around = x.new_full((batch + 2, seqlen + 2, nheads + 2, row), fill)
+    view = around[1:-1, 1:-1, 1:-1, start : start + headdim]
+    return view.copy_(x)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, `torch.empty` and its like give NaN, so that what no kernel wrote cannot look right.
+
+    This is PyTorch's own switch, which it ties to deterministic algorithms.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    with warnings.catch_warnings():
+        # With warn_only, cuBLAS in the reference would remind us of CUBLAS_WORKSPACE_CONFIG.
+        warnings.filterwarnings("ignore", message=".*eterminis")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+
+
+def run_case(
+    case: Case, inputs: Inputs, implementation: str, backward: bool = True
+) -> dict[str, Tensor]:
+    """out and lse, and with `backward` dq, dk and dv, by `attention` on poisoned memory."""
+    q, k, v = (t.detach().requires_grad_(backward) for t in (inputs.q, inputs.k, inputs.v))
+    with poisoned():
+        out, lse = attention(
+            q,
+            k,
+            v,
+            causal=case.causal,
+            softmax_scale=case.softmax_scale,
+            return_lse=True,
+            allow_tf32=case.allow_tf32,
+            implementation=implementation,
+        )
+        results = {"out": out.detach(), "lse": lse.detach()}
+        if backward:
+            outputs, gradients = [out], [inputs.dout]
+            if inputs.dlse is not None:
+                outputs, gradients = [out, lse], [inputs.dout, inputs.dlse]
+            grads = torch.autograd.grad(outputs, (q, k, v), gradients)
+            results.update(zip(("dq", "dk", "dv"), grads, strict=True))
+    return results
+
+
+def oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """What the inputs give in float64, by the reference."""
+    wide = Inputs(
+        inputs.q.double(),
+        inputs.k.double(),
+        inputs.v.double(),
+        inputs.dout.double(),
+        None if inputs.dlse is None else inputs.dlse.double(),
+    )
+    return run_case(case, wide, "reference")
+
+
+def pytorch_attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Attention as one writes it in PyTorch, every step in the dtype of the inputs: out and lse.
+
+    Rows without keys give 0 and -inf. Autograd goes through it, lse included.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if spec.group_size > 1:
+        k, v = (t.repeat_interleave(spec.group_size, dim=1) for t in (k, v))
+    visible = reference.visible(spec, q.device)
+    empty = ~visible.any(dim=-1, keepdim=True)
+    scores = (q @ k.transpose(-1, -2)) * spec.softmax_scale
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
+    p = scores.softmax(dim=-1).masked_fill(empty, 0.0)
+    if spec.seqlen_k:
+        lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
+    else:
+        lse = scores.sum(dim=-1) + float("-inf")
+    return (p @ v).transpose(1, 2), lse
+
+
+def baseline(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """The same tensors by `pytorch_attention` and autograd, in the precision of the case.
+
+    lse is float32 whatever the inputs are, so its baseline is PyTorch in float32.
+    """
+    spec = case.spec()
+    q, k, v = (t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+    with _float32_precision("tf32" if case.allow_tf32 else "ieee"):
+        out, lse = pytorch_attention(q, k, v, spec)
+        outputs, gradients = [out], [inputs.dout]
+        if inputs.dlse is not None:
+            outputs, gradients = [out, lse], [inputs.dout, inputs.dlse.to(lse.dtype)]
+        grads = torch.autograd.grad(outputs, (q, k, v), gradients)
+        if case.dtype.itemsize < 4:
+            lse = pytorch_attention(q.float(), k.float(), v.float(), spec)[1]
+    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
+    """What float32 arithmetic inside can do to each tensor: the budget's absolute part.
+
+    Plain PyTorch in float32 is at times exact by luck (with one key p is exp(0)) and never has the
+    error of base-2 exponents, so its error alone would not be a fair budget. With u = 2^-24 (2^-11
+    for tf32) a dot product is off by u times the sum of its absolute products; p carries that of
+    its score, and u times lse; ds = p (dp - delta) that of p and of the two dot products; and a sum
+    of terms with independent errors is off by the root of the sum of their squares.
+    """
+    spec = case.spec()
+    q, k, v, dout = (
+        t.double().transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v, inputs.dout)
+    )
+    k, v = (t.repeat_interleave(spec.group_size, dim=1) for t in (k, v))
+    u = 2.0**-24
+    if case.allow_tf32 and case.dtype == torch.float32:
+        u = 2.0**-11
+    scores = (q @ k.transpose(-1, -2)) * spec.softmax_scale
+    scores = scores.masked_fill(~reference.visible(spec, q.device), float("-inf"))
+    p = scores.softmax(dim=-1).nan_to_num(0.0)  # NaN in rows without keys
+    lse = scores.logsumexp(dim=-1, keepdim=True) if spec.seqlen_k else scores.sum(-1, True)
+    products = q.abs() @ k.abs().transpose(-1, -2) * abs(spec.softmax_scale)
+    score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
+    p_error = p * (u + score_error)
+
+    out = p @ v
+    ds = dout @ v.transpose(-1, -2) - (out * dout).sum(dim=-1, keepdim=True)
+    products = dout.abs() @ v.abs().transpose(-1, -2)
+    products = products + (out * dout).abs().sum(dim=-1, keepdim=True)
+    if inputs.dlse is not None:
+        dlse = inputs.dlse.double().unsqueeze(-1)
+        ds, products = ds + dlse, products + dlse.abs()
+    ds_error = ((p_error * ds.abs() + p * u * products) * spec.softmax_scale).square()
+    p_error = p_error.square()
+    squares = {
+        "out": p_error @ v.square(),
+        "lse": score_error.square(),
+        "dq": ds_error @ k.square(),
+        "dk": _sum_groups(ds_error.transpose(-1, -2) @ q.square(), spec),
+        "dv": _sum_groups(p_error.transpose(-1, -2) @ dout.square(), spec),
+    }
+    return {name: _largest(t) ** 0.5 for name, t in squares.items()}
+
+
+def budget(case: Case, inputs: Inputs, expected: dict[str, Tensor]) -> dict[str, float]:
+    """The error that each tensor may have; `expected` is the oracle's.
+
+    The largest error of a few elements says little of how large PyTorch's error is, so small cases
+    are measured on other seeds too.
+    """
+    plain = baseline(case, inputs)
+    errors = {name: _error(plain[name], expected[name]) for name in plain}
+    fewest = min((t.numel() for t in expected.values() if t.numel()), default=_SAMPLE)
+    for seed in range(case.seed + 1, case.seed + min(16, -(-_SAMPLE // fewest))):
+        other = replace(case, seed=seed, layout="contiguous")
+        others = make_inputs(other, inputs.q.device)
+        wide = oracle(other, others)
+        for name, tensor in baseline(other, others).items():
+            errors[name] = max(errors[name], _error(tensor, wide[name]))
+    noise = float32_noise(case, inputs)
+    return {name: FACTORS[name] * errors[name] + NOISE_FACTOR * noise[name] for name in errors}
+
+
+def check_case(case: Case, implementation: str, device: torch.device | str) -> list[Record]:
+    """The errors of one implementation on one case, each with what is allowed.
+
+    Raises:
+        NotImplementedError: the implementation does not support the case; see `unsupported`.
+        AssertionError: a tensor has another shape or dtype than the contract says.
+    """
+    inputs = make_inputs(case, device)
+    row = registry.get(implementation)
+    actual = run_case(case, inputs, implementation, backward=row.backward is not None)
+    return compare(case, inputs, actual)
+
+
+def compare(case: Case, inputs: Inputs, actual: dict[str, Tensor]) -> list[Record]:
+    """Hold the tensors of `actual` (names as `run_case` gives them) against the budget."""
+    expected = oracle(case, inputs)
+    allowed = budget(case, inputs, expected)
+    records = []
+    for name, tensor in actual.items():
+        wanted = torch.promote_types(case.dtype, torch.float32) if name == "lse" else case.dtype
+        assert tensor.dtype == wanted, f"{name} is {tensor.dtype}, not {wanted}"
+        assert tensor.shape == expected[name].shape, f"{name} has shape {tuple(tensor.shape)}"
+        records.append(Record(name, _error(tensor, expected[name]), allowed[name]))
+    return records
+
+
+def unsupported(case: Case, implementation: str, device: torch.device | str) -> str | None:
+    """Why `implementation` cannot run the case on `device`, as a sentence, or None if it can."""
+    return registry.get(implementation).supports(case.spec(), target_of(torch.device(device)))
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference; NaN counts as infinite, equal infinities as none."""
+    actual = actual.detach().double()
+    difference = (actual - expected).abs().masked_fill(actual == expected, 0.0)
+    return _largest(difference.nan_to_num(nan=float("inf"), posinf=float("inf")))
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _sum_groups(x: Tensor, spec: AttentionSpec) -> Tensor:
+    """`(batch, nheads, ...)` summed over the query heads that share a key head."""
+    return x.unflatten(1, (spec.nheads_k, spec.group_size)).sum(dim=2)
+
+
+@contextmanager
+def _float32_precision(precision: str) -> Iterator[None]:
+    """PyTorch's float32 matrix products in "ieee" or "tf32"."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(
+        dtype, str(dtype).removeprefix("torch.")
+    )

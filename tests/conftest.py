@@ -1,0 +1,75 @@
+"""What every test shares. Without a GPU the kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:  # Triton reads it when a kernel is defined, so before anything imports one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The workers of pytest-xdist share the cores.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+# Most examples compile kernels or interpret them. `pytest --hypothesis-profile long` looks longer.
+settings.register_profile(
+    "triflash",
+    deadline=None,
+    print_blob=True,  # how to repeat the failing example
+    max_examples=40 if GPU else 12,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("long", settings.get_profile("triflash"), max_examples=1000)
+settings.load_profile("triflash")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
+    for ours in (  # of Triton's interpreter, one for every program of every kernel
+        "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
+        "ignore:.* encountered in (log2|exp2):RuntimeWarning:triton",
+    ):
+        config.addinivalue_line("filterwarnings", ours)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if not GPU:
+        return "triflash: no GPU, so kernels run in Triton's interpreter"
+    return f"triflash: kernels run on {torch.cuda.get_device_name()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("gpu"):
+        wanted = marker.args[0] if marker.args else 1
+        present = torch.cuda.device_count() if GPU else 0
+        if present < wanted:
+            pytest.skip(f"needs {wanted} GPU{'s' * (wanted > 1)}, PyTorch can use {present} here")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """A `helpers.Tuning`."""
+    import helpers
+
+    yield helpers.Tuning(monkeypatch)
+    monkeypatch.undo()
+    helpers.forget_prepared_launches()
+
+
+@pytest.fixture(autouse=True)
+def _device_memory():
+    """A test that holds much memory must not starve the next one's worker."""
+    yield
+    if GPU:
+        torch.cuda.empty_cache()

@@ -1,0 +1,110 @@
+"""Short ways to say what most tests say."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from triflash import registry, testing, tuning
+from triflash.target import Target
+from triflash.testing import Case
+
+GPU = torch.cuda.is_available()
+ROWS = registry.implementations()
+DIFFERENTIABLE = [row.name for row in registry.IMPLEMENTATIONS if row.backward is not None]
+KERNEL_ROWS = [row.name for row in registry.IMPLEMENTATIONS if row.needs_kernels]
+# The interpreter's tl.dot is wrong for bfloat16, and the registry says so.
+KERNEL_DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if GPU else [])]
+LOW_PRECISION = torch.bfloat16 if GPU else torch.float16
+
+every_row = pytest.mark.parametrize("implementation", ROWS)
+every_differentiable_row = pytest.mark.parametrize("implementation", DIFFERENTIABLE)
+every_kernel_row = pytest.mark.parametrize("implementation", KERNEL_ROWS)
+every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda t: str(t)[6:])
+both_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+
+def skip_unsupported(case: Case, implementation: str, device: torch.device) -> None:
+    """Skip with the registry's own sentence."""
+    reason = testing.unsupported(case, implementation, device)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def check(case: Case, implementation: str, device: torch.device) -> None:
+    """Every tensor of the case is within the error budget."""
+    skip_unsupported(case, implementation, device)
+    assert_within_budget(case, testing.check_case(case, implementation, device))
+
+
+def assert_within_budget(case: Case, records: list[testing.Record]) -> None:
+    over = [r for r in records if not r.ok]
+    assert not over, f"{case}: " + ", ".join(
+        f"{r.name} is off by {r.error:.2e}, allowed {r.allowed:.2e}" for r in over
+    )
+
+
+def results(case: Case, implementation: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """out, lse and the gradients there are, on fresh inputs and poisoned memory."""
+    skip_unsupported(case, implementation, device)
+    backward = registry.get(implementation).backward is not None
+    return testing.run_case(case, testing.make_inputs(case, device), implementation, backward)
+
+
+def assert_bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        same = torch.equal(_bits(a[name]), _bits(b[name]))
+        assert same, f"{name} differs in {int((_bits(a[name]) != _bits(b[name])).sum())} elements"
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes, so that NaN equals itself and -0 is not 0."""
+    return x.detach().contiguous().view(torch.uint8)
+
+
+def tuning_functions() -> dict[str, Callable[..., tuning.TileConfig]]:
+    """The functions of `tuning` that give a kernel's tile configuration."""
+    return {
+        name: function
+        for name, function in inspect.getmembers(tuning, inspect.isfunction)
+        if function.__module__ == tuning.__name__
+        and not name.startswith("_")
+        and "TileConfig" in str(inspect.signature(function).return_annotation)
+    }
+
+
+def forget_prepared_launches() -> None:
+    """Host functions remember the configuration of a spec; let them ask `tuning` again."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("triflash.kernels."):
+            for value in vars(module).values():
+                if callable(clear := getattr(value, "cache_clear", None)):
+                    clear()
+
+
+class Tuning:
+    """Lets a test decide what `tuning` decides; undone when the test ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def use_tma(self, value: bool) -> None:
+        self._monkeypatch.setattr(tuning, "tma_pays", lambda *_: value)
+        forget_prepared_launches()
+
+    def of_target(self, target: Target) -> None:
+        """Run with the tile configurations that `target` would run with."""
+        functions = tuning_functions()
+        assert functions, "no function of tuning gives a TileConfig; the test would test nothing"
+        for name, function in functions.items():
+
+            def elsewhere(spec, _, *rest, function=function):
+                return function(spec, target, *rest)
+
+            self._monkeypatch.setattr(tuning, name, elsewhere)
+        forget_prepared_launches()

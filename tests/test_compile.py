@@ -1,0 +1,130 @@
+"""Every kernel, for every target that Triton has, to machine code, without a GPU.
+
+What a user with that GPU would meet at the first call is met here: a compiler error, a tile that
+does not fit its shared memory, and on sm_90 registers that spill.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
+
+import aot
+import pytest
+import torch
+from helpers import every_kernel_row
+
+from triflash import registry
+from triflash.testing import Case
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CALLS = {
+    "bf16-64": {"dtype": BF16, "headdim": 64},
+    "fp16-64-causal-gqa-dlse": {
+        "dtype": FP16,
+        "headdim": 64,
+        "causal": True,
+        "nheads_k": 2,
+        "dlse": True,
+        "seqlen": 1000,
+    },
+    "bf16-128": {"dtype": BF16, "headdim": 128, "seqlen_k": 1000},
+    "bf16-128-causal": {"dtype": BF16, "headdim": 128, "causal": True},
+    # Long enough for TMA where that is used for long problems only.
+    "bf16-64-causal-long": {"dtype": BF16, "headdim": 64, "causal": True, "seqlen": 16384},
+    "bf16-128-long": {"dtype": BF16, "headdim": 128, "seqlen": 16384},
+    "bf16-256-causal-long": {"dtype": BF16, "headdim": 256, "causal": True, "seqlen": 16384},
+    "bf16-192/128-causal": {"dtype": BF16, "headdim": 192, "headdim_v": 128, "causal": True},
+    "fp16-33-negative-scale": {"dtype": FP16, "headdim": 33, "softmax_scale": -0.5},
+    "fp32-64-causal": {"dtype": FP32, "headdim": 64, "causal": True},
+    "fp32-128-tf32": {"dtype": FP32, "headdim": 128, "allow_tf32": True},
+    "fp32-256": {"dtype": FP32, "headdim": 256},
+}
+
+
+class Compiler:
+    """A process in which kernels are compiled, not interpreted, and which LLVM may abort."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, target: str, **call) -> list[aot.Compiled]:
+        if self._pool is None:
+            # Spawned, so that it imports Triton anew, under the environment of the first call.
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+                return self._pool.submit(aot.compile_call, target, **call).result()
+        except BrokenProcessPool:
+            self.close()
+            pytest.fail("the compiler ended the process")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+@pytest.fixture(scope="module")
+def compile_for():
+    compiler = Compiler()
+    yield compiler
+    compiler.close()
+
+
+def _unsupported(implementation: str, target: str, call: dict) -> str | None:
+    keys = ("dtype", "headdim", "headdim_v", "causal", "allow_tf32")
+    case = Case(**{key: call[key] for key in keys if key in call})
+    return registry.get(implementation).supports(case.spec(), aot.TARGETS[target][1])
+
+
+@every_kernel_row
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_compiles(implementation, call, target, compile_for):
+    reason = _unsupported(implementation, target, CALLS[call])
+    if reason is not None:
+        pytest.skip(reason)
+    kernels = compile_for(target, implementation=implementation, **CALLS[call])
+    assert kernels
+    limit = aot.TARGETS[target][2]
+    for kernel in kernels:
+        assert kernel.shared <= limit, (
+            f"{kernel.name} with {kernel.config} needs {kernel.shared} bytes of shared memory, "
+            f"{target} has {limit}"
+        )
+        if target == "sm_90":
+            assert kernel.spills == 0, (
+                f"{kernel.name} with {kernel.config} spills {kernel.spills} bytes a thread "
+                f"({kernel.registers} registers)"
+            )
+
+
+@every_kernel_row
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float32_is_computed_in_float32(implementation, target, compile_for):
+    """tf32 is in the instructions if and only if it was asked for (SEEDS 1.9)."""
+    for allow_tf32 in (False, True):
+        call = {"dtype": FP32, "headdim": 64, "allow_tf32": allow_tf32}
+        if _unsupported(implementation, target, call) is not None:
+            continue
+        kernels = compile_for(target, implementation=implementation, with_ptx=True, **call)
+        used = any("tf32" in kernel.asm["ptx"] for kernel in kernels)
+        assert used == allow_tf32
+
+
+@every_kernel_row
+def test_half_precision_uses_tensor_cores(implementation, compile_for):
+    """Of Hopper wgmma, not the mma of Ampere at half the rate; and TMA for long sequences."""
+    call = {"dtype": BF16, "headdim": 128, "causal": True, "seqlen": 16384}
+    if _unsupported(implementation, "sm_90", call) is not None:
+        pytest.skip("no Hopper")
+    kernels = compile_for("sm_90", implementation=implementation, with_ptx=True, **call)
+    products = [k for k in kernels if "mma" in k.asm["ptx"]]
+    assert len(products) >= 1
+    for kernel in products:
+        assert "wgmma.mma_async" in kernel.asm["ptx"], kernel.name
