@@ -61,7 +61,7 @@ def compile_cubin(
         arch=arch,
         std="c++17",
         include_path=[str(directory) for directory in include],
-        define_macro=list(macros),
+        define_macro=list(macros) or None,
         device_as_default_execution_space=True,  # what CUTLASS's own headers need under NVRTC
         ftz=True,  # exp2f becomes one instruction
         # At higher levels the assembler hoists more addresses than it has registers for.
