@@ -8,14 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+def visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL: tl.constexpr,
+            KEYS_ARE_ROWS: tl.constexpr = False):  # fmt: skip
     """Whether the query at q_idx sees the key at k_idx; the two must broadcast.
 
-    One comparison an element: a causal mask ends at seqlen_k - 1 for the last query, so it also
-    hides keys past the end from every query that exists.
+    A causal mask also hides keys past seqlen_k from every query that exists. The shift of its
+    diagonal goes to the rows of the tile, of which a thread holds fewer than columns.
     """
     if CAUSAL:
-        seen = k_idx - (seqlen_k - seqlen_q) <= q_idx
+        shift = seqlen_k - seqlen_q
+        if KEYS_ARE_ROWS:
+            seen = k_idx - shift <= q_idx
+        else:
+            seen = k_idx <= q_idx + shift
     else:
         seen = k_idx < seqlen_k
     return seen

@@ -85,19 +85,23 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
             in_rows = offs_m < seqlen_q - start_m
             lse = tl.load(Lse + row + start_m + offs_m, mask=in_rows, other=float("inf"))
             s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
+                             seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
+                             USE_TMA)  # fmt: skip
+            # As early as registers allow, so that the tensor cores work during the softmax.
+            if BLOCK_M <= 64:
+                dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+            p_t = tl.exp2(s_t)
             if CAUSAL:
                 if start_m < full:  # only tiles on the edge of the mask pay for it
                     q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
                     k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                    seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
-                    s_t = tl.where(seen, s_t, float("-inf"))
-            p_t = tl.exp2(s_t)
-            dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
-                             seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
-                             USE_TMA)  # fmt: skip
+                    seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, KEYS_ARE_ROWS=True)
+                    p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
             dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            if BLOCK_M > 64:
+                dp_t = tl.dot(v, dout.T, input_precision=PRECISION)
             delta = tl.load(Delta + row + start_m + offs_m, mask=in_rows, other=0.0)
             ds_t = p_t * (dp_t - delta[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -144,13 +148,11 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, softmax_scale, stride_qb, stride_qs
         k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        s = s * scale_log2 - lse_log2[:, None]
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
         if CAUSAL or CHECK_KEYS:  # in every block: here a branch costs more than it saves
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
-            s = tl.where(seen, s, float("-inf"))
-        p = tl.exp2(s)
+            p = tl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
         v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
