@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from triflash import ops, registry
 from triflash.spec import make_spec
@@ -112,7 +111,7 @@ def _attention(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
     spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -123,6 +122,9 @@ def _attention(
                 f"{row.name} has no backward; call it under torch.no_grad() or choose another of "
                 f"{', '.join(registry.implementations())}."
             )
+    elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
+        v = v.view_as(v) if v is q or v is k else v
+        k = k.view_as(k) if k is q else k
     options = (spec.softmax_scale, causal, deterministic, allow_tf32, implementation)
     if needs_grad or _transformed():
         return _Attention.apply(q, k, v, *options)
@@ -149,12 +151,42 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = torch.ops.triflash.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, saved, *ctx.options
-        )
+        gradients = _gradients
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = _NoSecondDerivative.apply
+        dq, dk, dv = gradients(dout, dlse, q, k, v, out, lse, saved, ctx.options)
         return dq, dk, dv, *[None] * len(ctx.options)
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    saved: list[Tensor],
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.triflash.attention_backward.default(
+        dout, dlse, q, k, v, out, lse, saved, *options
+    )
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Makes a gradient of the gradients an error; unrecorded, they would count as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "triflash has no second derivative: attention's gradients cannot be differentiated"
+        )

@@ -99,6 +99,11 @@ def _(dout, dlse, q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device, which need not know autocast ("meta")."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, as it casts those of other attention operators."""
     device_type = tensors[0].device.type

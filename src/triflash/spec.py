@@ -9,6 +9,7 @@ import torch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+_SMALLEST_FLOAT32 = 2.0**-126  # that is not subnormal
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _validate(
         )
     elif not -3.0e38 < softmax_scale < 3.0e38:
         raise ValueError(f"softmax_scale must be finite in float32, got {softmax_scale}")
+    elif abs(softmax_scale) < _SMALLEST_FLOAT32 and q_dtype != torch.float64:
+        softmax_scale = 0.0  # as a GPU flushes it; kernels treat 0 by itself
     for name, flag in (
         ("causal", causal),
         ("deterministic", deterministic),
