@@ -48,7 +48,7 @@ setup: $(SETUP)
 ifneq ($(SETUP),)
 # pip 25.1 is the first that knows dependency groups.
 $(SETUP): pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 10) or sys.exit('triflash needs Python 3.10 or later, this is %d.%d; give another: make PYTHON=python3.12' % v[:2])"
+	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 10) or sys.exit('triflash needs Python 3.10 or later, this is %d.%d; give another: make PYTHON=python3.12' % v[:2])"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)/bin/python -m pip install -c constraints.txt -e . --group dev
