@@ -41,6 +41,21 @@ def test_lengths(implementation, causal, dtype, seqlen_q, seqlen_k, device):
 
 
 @every_row
+@pytest.mark.parametrize(
+    "shift",
+    [b + e for b in ((-128, -64, 0, 64, 128) if GPU else (-32, 0, 32)) for e in (-2, -1, 0, 1, 2)],
+)
+def test_where_the_causal_edge_meets_the_tiles(implementation, shift, device):
+    """seqlen_k - seqlen_q around multiples of the tiles decides which of them need a mask."""
+    n = 259 if GPU else 67
+    case = Case(
+        batch=1, seqlen_q=n, seqlen_k=n + shift, nheads=1, nheads_k=1, headdim=16,
+        dtype=torch.float32, causal=True,
+    )  # fmt: skip
+    check(case, implementation, device)
+
+
+@every_row
 @every_dtype
 @pytest.mark.parametrize("headdim", HEADDIMS)
 def test_head_dimensions(implementation, dtype, headdim, device):
