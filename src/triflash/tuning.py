@@ -1,7 +1,8 @@
 """Tile sizes, warps and stages: pure functions of spec and target, a reason beside each number.
 
-"Measured" means on an H200, bf16, 16384 tokens, hidden 2048: docs/perf-log.md has the tables. Other
-GPUs get sizes that fit their shared memory and registers, compiled but not timed.
+"Measured" means TFLOP/s on an H200, bf16, 16384 tokens, hidden 2048, sequences of 4096 and 16384,
+under sustained load: docs/perf-log.md has the story. Other GPUs get sizes that fit their shared
+memory and registers, compiled but not timed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def dot_precision(spec: AttentionSpec, target: Target) -> str:
 def tma_pays(spec: AttentionSpec, target: Target) -> bool:
     """Whether to load by TMA.
 
-    It makes v2 up to 20% faster on Hopper (measured), but building three descriptors costs the host
-    about 30 us a call (measured), which a problem of less than about 100 us would not hide.
+    It makes v2's kernels 2-25% faster on Hopper (measured), but building three descriptors costs
+    the host about 30 us a call (measured), which a problem of less than about 100 us cannot hide.
     """
     flops = 4 * spec.batch * spec.nheads * spec.seqlen_q * spec.seqlen_k * spec.headdim
     return (
@@ -58,15 +59,19 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
+    if not _vectorises(spec) and not use_tma:
+        return TileConfig(64, 32, 4, 3) if d <= 128 else TileConfig(32, 32, 4, 1)
     if d <= 64:
-        # Measured with TMA: 128 keys a step halve the softmax bookkeeping; 443-478 TFLOP/s against
-        # 407-441 with 64. Without TMA three stages of 64 were the fastest.
-        return TileConfig(64, 128, 4, 2) if use_tma else TileConfig(64, 64, 4, 3)
+        # Measured with TMA: 394-458 against 360-428 with 64 keys a step, whose softmax bookkeeping
+        # (maximum, rescaling) comes twice as often. Without TMA three stages of 64 were fastest.
+        if use_tma:
+            return TileConfig(64, 128, 4, 2)
+        return TileConfig(64, 64, 4, 3)
     if d <= 128:
         if use_tma:
-            # Measured, sustained: causal 460-532 against 428-489 with 64 keys and 4 warps; full
-            # 521-538 against 453-473 with 8 warps. Under the power limit large tiles, which move
-            # fewer bytes, beat the 64 x 64 that wins short bursts.
+            # Measured: causal 460-532 against 428-489 with 4 warps; full 521-538 against 453-473
+            # with 8. Under the power limit large tiles, which move fewer bytes, beat the 64 x 64
+            # that wins short bursts.
             return TileConfig(128, 128, 8, 3) if spec.causal else TileConfig(128, 64, 4, 2)
         return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
     if _has_227_kib(target):
@@ -88,18 +93,20 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
         return _float32(_FLOAT32_DKDV, spec, target)
     if target.kind == "hip":
         return TileConfig(32 if d <= 128 else 16, 64 if d <= 64 else 32, 4, 1)
+    if not _vectorises(spec) and d > 64:
+        return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
     if use_tma:
         if d <= 64:
-            # Measured: 485-502 TFLOP/s against 341-416 with 64 queries.
+            # Measured: 438-501; every other size stayed under 320.
             return TileConfig(128, 64, 4, 2)
         if d <= 128:
-            # Measured: 498-559 against 411-506 with 128 keys and 8 warps.
-            return TileConfig(64, 64, 4, 2)
-        # Measured: 64 x 64 would give 300 instead of 220, but spills when causal.
+            # Measured: 462-553 against 405-512 with 128 keys and 8 warps: two small programs on a
+            # multiprocessor hide each other's waiting. Masked head dimensions would spill there.
+            return TileConfig(64 if _fills_tiles(spec) else 32, 64, 4, 2)
+        # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
     if d <= 64:
-        # 64 queries spill on sm_80, where products take their operands from registers.
-        return TileConfig(64, 64, 4, 2) if _has_227_kib(target) else TileConfig(32, 64, 4, 3)
+        return TileConfig(32, 64, 4, 3)  # 64 queries spill when pointers take registers too
     if d <= 128:
         return TileConfig(32, 64, 4, 2)
     return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
@@ -114,11 +121,14 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
         return _float32(_FLOAT32_DQ, spec, target)
     if target.kind == "hip":
         return TileConfig(64 if d <= 64 else 32, 32 if d <= 128 else 16, 4, 1)
+    if not _vectorises(spec) and not use_tma:
+        return TileConfig(32, 32, 4, 1)
     if d <= 64:
         return TileConfig(64, 64, 4, 2)
     if d <= 128:
         if _has_227_kib(target):
-            # Measured: 8 warps win when causal (533-608 against 507-549), by a hair not otherwise.
+            # Measured: causal 531-605 against 492-543 with 64 queries and 4 warps; full, those
+            # are as fast (581-617) and take less shared memory.
             return TileConfig(128, 64, 8, 3) if spec.causal else TileConfig(64, 64, 4, 2)
         return TileConfig(64, 32, 4, 2)
     if _has_227_kib(target):
@@ -168,3 +178,12 @@ def _float32(table: dict[int, TileConfig], spec: AttentionSpec, target: Target) 
 def _has_227_kib(target: Target) -> bool:
     """Data-centre GPUs from Hopper on have 227 KiB of shared memory a program; others 64 to 163."""
     return target.sm in (90, 100)
+
+
+def _vectorises(spec: AttentionSpec) -> bool:
+    """Whether Triton knows that rows start at 16 bytes; other pointer loads take more registers."""
+    return spec.headdim % 16 == 0 and spec.headdim_v % 16 == 0
+
+
+def _fills_tiles(spec: AttentionSpec) -> bool:
+    return spec.headdim == block_d(spec.headdim) and spec.headdim_v == block_d(spec.headdim_v)

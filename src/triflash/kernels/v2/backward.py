@@ -53,7 +53,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
                 stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
                 HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+                GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
                 USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
@@ -76,35 +76,36 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     start, full = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    for g in range(group_size):
-        head = head_k * group_size + g
+    blocks = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M)
+    for i in tl.range(0, group_size * blocks):  # one loop, so that head follows head without a gap
+        head = head_k * group_size + (i // blocks if GQA else 0)
+        start_m = start + (i % blocks if GQA else i) * BLOCK_M
         row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q
-        for start_m in tl.range(start, seqlen_q, BLOCK_M):
-            q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
-                          HEADDIM, BLOCK_M, BLOCK_D, CHECK_QUERIES, USE_TMA)  # fmt: skip
-            in_rows = offs_m < seqlen_q - start_m
-            lse = tl.load(Lse + row + start_m + offs_m, mask=in_rows, other=float("inf"))
-            s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
-                             seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
-                             USE_TMA)  # fmt: skip
-            # As early as registers allow, so that the tensor cores work during the softmax.
-            if BLOCK_M <= 64:
-                dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
-            p_t = tl.exp2(s_t)
-            if CAUSAL:
-                if start_m < full:  # only tiles on the edge of the mask pay for it
-                    q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
-                    k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                    seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, KEYS_ARE_ROWS=True)
-                    p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
-            dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            if BLOCK_M > 64:
-                dp_t = tl.dot(v, dout.T, input_precision=PRECISION)
-            delta = tl.load(Delta + row + start_m + offs_m, mask=in_rows, other=0.0)
-            ds_t = p_t * (dp_t - delta[None, :])
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+        q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
+                      HEADDIM, BLOCK_M, BLOCK_D, CHECK_QUERIES, USE_TMA)  # fmt: skip
+        in_rows = offs_m < seqlen_q - start_m
+        lse = tl.load(Lse + row + start_m + offs_m, mask=in_rows, other=float("inf"))
+        s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
+                         seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
+                         USE_TMA)  # fmt: skip
+        # As early as registers allow, so that the tensor cores work during the softmax.
+        if BLOCK_M <= 64:
+            dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+        p_t = tl.exp2(s_t)
+        if CAUSAL:
+            if start_m < full:  # only tiles on the edge of the mask pay for it
+                q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, KEYS_ARE_ROWS=True)
+                p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
+        dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if BLOCK_M > 64:
+            dp_t = tl.dot(v, dout.T, input_precision=PRECISION)
+        delta = tl.load(Delta + row + start_m + offs_m, mask=in_rows, other=0.0)
+        ds_t = p_t * (dp_t - delta[None, :])
+        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
     store_tile(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
                seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
@@ -241,7 +242,8 @@ def _prepare(
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.seqlen_q % config.block_m != 0, precision, use_tma),
+         spec.causal, spec.group_size > 1, spec.seqlen_q % config.block_m != 0, precision,
+         use_tma),
         config,
     )  # fmt: skip
 
