@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import (
     GPU,
     LOW_PRECISION,

@@ -27,7 +27,7 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "misaligned", "junk_strides")
 FACTORS = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
 # How much of float32_noise comes on top. It is one standard deviation of exact float32 arithmetic;
 # a GPU's exp2 is off by up to two units more, and its tensor cores truncate partial sums.
-NOISE_FACTOR = 4.0
+NOISE_FACTOR = 8.0
 _SAMPLE = 2048  # elements whose largest error is a fair estimate
 
 
@@ -233,7 +233,7 @@ def pytorch_attention(
     Rows without keys give 0 and -inf. Autograd goes through it, lse included.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if spec.group_size > 1:
+    if spec.nheads != spec.nheads_k:
         k, v = (t.repeat_interleave(spec.group_size, dim=1) for t in (k, v))
     visible = reference.visible(spec, q.device)
     empty = ~visible.any(dim=-1, keepdim=True)
