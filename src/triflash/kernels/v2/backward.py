@@ -76,10 +76,11 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     start, full = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    blocks = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M)
-    for i in tl.range(0, group_size * blocks):  # one loop, so that head follows head without a gap
-        head = head_k * group_size + (i // blocks if GQA else 0)
-        start_m = start + (i % blocks if GQA else i) * BLOCK_M
+    span = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M) * BLOCK_M
+    # One loop over the heads of a group, so that one follows the other without a gap.
+    for walked in tl.range(0, group_size * span, BLOCK_M):
+        start_m = start + (walked % span if GQA else walked)
+        head = head_k * group_size + (walked // span if GQA else 0)
         row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q
         q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
                       HEADDIM, BLOCK_M, BLOCK_D, CHECK_QUERIES, USE_TMA)  # fmt: skip
