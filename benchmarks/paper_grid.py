@@ -97,16 +97,16 @@ def _contestants(q, k, v, causal):  # type: ignore[no-untyped-def]
     }
 
 
-def run(output: Path, quick: bool) -> None:
+def run(output: Path, quick: bool, commit: str | None) -> None:
     import torch
     import torch._functorch.config
     import triton
 
     torch._functorch.config.donated_buffer = False  # flex's backward is timed more than once
     gpu = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    if commit is None:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {
         "gpu": gpu.name,
         "commit": commit,
@@ -219,12 +219,13 @@ def main() -> int:
     runner = commands.add_parser("run", help="measure on the GPU here")
     runner.add_argument("output", type=Path)
     runner.add_argument("--quick", action="store_true", help="sequence length 4096 only")
+    runner.add_argument("--commit", help="what is measured, where there is no repository")
     commands.add_parser("readme", help="rewrite the README's tables from the committed JSON")
     args = parser.parse_args()
     if args.command == "readme":
         readme()
     else:
-        run(args.output, args.quick)
+        run(args.output, args.quick, args.commit)
     return 0
 
 
