@@ -1,1 +1,0 @@
-"""FlashAttention's forward in CUDA C++, compiled at the first call by NVRTC."""
