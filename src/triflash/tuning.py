@@ -136,6 +136,56 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
 
 
+def v1_forward(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's forward kernel."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_FORWARD, spec, target)
+    return TileConfig(64, 64, 4, 2)
+
+
+def v1_paper(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's forward kernel in the paper's order."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_FORWARD, spec, target)
+    return TileConfig(64, 64, 4, 2)
+
+
+def v1_dkdv(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's dk, dv kernel."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_DKDV, spec, target)
+    return TileConfig(64, 64, 4, 2)
+
+
+def v1_dq(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's dq kernel."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_DQ, spec, target)
+    return TileConfig(64, 64, 4, 2)
+
+
+def v2_atomic(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+    """Tiles of the backward kernel that adds to dq atomically."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_DKDV, spec, target)
+    return TileConfig(64, 64, 4, 2)
+
+
 # Small tiles, so that short tests still cross several blocks.
 _INTERPRETER = TileConfig(32, 32, 4, 1)
 
