@@ -78,15 +78,16 @@ def dkdv_kernel(Q, K, V, Out, dOut, dLse, M, L, dK, dV, softmax_scale, stride_qb
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
                 s = tl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
             m_i, inverse_l = load_statistics(M, L, row, offs_m, exist)
-            p = tl.exp(s - m_i[:, None]) * inverse_l[:, None]
             dout = load_rows(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
                              HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
-            dv = tl.dot(p.T.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             out = load_rows(Out, batch, head, start_m, stride_ob, stride_os, stride_oh, seqlen_q,
                             HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
-            ds = p * (dp - row_dot(out, dout, dLse, row, offs_m, exist, HAS_DLSE)[:, None])
-            dk = tl.dot(ds.T.to(q.dtype), q, dk, input_precision=PRECISION)
+            d = row_dot(out, dout, dLse, row, offs_m, exist, HAS_DLSE)
+            p = tl.exp(s - m_i[:, None]) * inverse_l[:, None]
+            dv = tl.dot(p.to(dout.dtype).T, dout, dv, input_precision=PRECISION)
+            dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            ds = p * (dp - d[:, None])
+            dk = tl.dot(ds.to(q.dtype).T, q, dk, input_precision=PRECISION)
 
     store_rows(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
                seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip

@@ -8,7 +8,7 @@ bits of dq, differ from run to run. dk and dv do not.
 
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: as v2's first
 pass; dq's block is added to once for each block of keys, 4 * headdim bytes a row, in L2.
-Workspace: delta, float32 `(batch, nheads, seqlen_q)`, and for half precision dq in float32.
+Workspace: delta, float32 `(batch, nheads, seqlen_q)`, and dq's sums, float32 and of dq's size.
 Never to be run by an autotuner that repeats it without zeroing dq.
 Measured effect: TO BE FILLED from docs/perf-log.md (against v2's backward by length; its spread
 from run to run).
@@ -54,9 +54,8 @@ def delta_kernel(Out, dOut, dLse, Delta, stride_ob, stride_os, stride_oh, stride
 @triton.jit(do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k"])
 def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride_qb, stride_qs,
                     stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                    stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
-                    stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
-                    nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
+                    stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
+                    stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
                     HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
                     CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,7 +65,8 @@ def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride
     Scores are computed transposed, so that p and ds are left operands of two products that they
     enter. Queries past seqlen_q have lse +inf, so p 0. Keys past seqlen_k are masked for dq's sake:
     far below the others, their p would be infinite, and infinity times their zeros NaN. dQ is
-    unscaled.
+    unscaled, and `(batch, nheads, seqlen_q, headdim)`: rows a constant apart leave most of their
+    pointers' arithmetic, and registers, to the compiler.
     """
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     pid = tl.program_id(0)
@@ -111,8 +111,8 @@ def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride
             ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
             dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
             dq = tl.dot(ds_t.T, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-            add_rows(dQ, dq, batch, head, start_m, stride_dqb, stride_dqs, stride_dqh, seqlen_q,
-                     HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
+            add_rows(dQ + (row + start_m) * HEADDIM, dq, seqlen_q - start_m, HEADDIM, BLOCK_M,
+                     BLOCK_D)  # fmt: skip
 
     store_rows(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
                seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
@@ -136,7 +136,8 @@ def backward(
     dout needs a contiguous last dimension; out, lse and dlse are contiguous.
     """
     dk, dv = (t.new_empty(t.shape) for t in (k, v))
-    dq = q.new_zeros(q.shape, dtype=torch.float32)  # in every call: the kernel only adds
+    # Zeroed in every call: the kernel only adds.
+    sums = q.new_zeros((spec.batch, spec.nheads, spec.seqlen_q, spec.headdim), dtype=torch.float32)
     delta = torch.empty_like(lse)
     target = target_of(q.device)
     use_tma = tuning.tma_pays(spec, target) and tma_can_read(q, k, v, dout)
@@ -154,10 +155,10 @@ def backward(
                 tile_descriptor(x, rows, tuning.block_d(x.shape[-1]))
                 for x, rows in ((q, m), (k, n), (v, n), (dout, m))
             )
-        launch_backward(*inputs, lse, delta, dq, dk, dv)
-    if spec.dtype == torch.float32:
-        return dq.mul_(spec.softmax_scale), dk, dv
-    return torch.mul(dq, spec.softmax_scale, out=torch.empty_like(dq, dtype=spec.dtype)), dk, dv
+        launch_backward(*inputs, lse, delta, sums, dk, dv)
+    dq = q.new_empty(q.shape)
+    torch.mul(sums.transpose(1, 2), spec.softmax_scale, out=dq)  # rounded once, here
+    return dq, dk, dv
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +191,6 @@ def _prepare(
         backward_kernel,
         triton.cdiv(spec.seqlen_k, config.block_n) * spec.nheads_k * spec.batch,
         (spec.softmax_scale, *stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_dout[:3],
-         *_strides(spec.seqlen_q, spec.nheads, spec.headdim),
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim),
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          spec.seqlen_q, spec.seqlen_k),

@@ -43,10 +43,12 @@ def store_rows(X, tile, batch, head, row, stride_b, stride_s, stride_h, seqlen,
 
 
 @triton.jit
-def add_rows(X, tile, batch, head, row, stride_b, stride_s, stride_h, seqlen,
-             HEADDIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Add what exists of [ROWS, BLOCK_D] to float32 memory, one element at a time atomically."""
-    ptrs, exist = rows_of(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM, ROWS,
-                          BLOCK_D)  # fmt: skip
+def add_rows(X, tile, rows, HEADDIM: tl.constexpr, ROWS: tl.constexpr,
+             BLOCK_D: tl.constexpr):  # fmt: skip
+    """Add the first `rows` rows of [ROWS, BLOCK_D] to contiguous rows of float32 at X, atomically
+    for each element."""
+    offs_r = tl.arange(0, ROWS)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    exist = (offs_r < rows) & (offs_d < HEADDIM)
     # Only the sums matter, not what else is visible when: no fences.
-    tl.atomic_add(ptrs, tile, mask=exist, sem="relaxed")
+    tl.atomic_add(X + offs_r * HEADDIM + offs_d, tile, mask=exist, sem="relaxed")
