@@ -44,8 +44,8 @@ def dkdv_kernel(Q, K, V, Out, dOut, dLse, M, L, dK, dV, softmax_scale, stride_qb
                 stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size,
                 seqlen_q, seqlen_k, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, HAS_DLSE: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
+                HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
     Keys past seqlen_k make rows that are not stored; queries past seqlen_q have p 0.
@@ -64,30 +64,29 @@ def dkdv_kernel(Q, K, V, Out, dOut, dLse, M, L, dK, dV, softmax_scale, stride_qb
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     start, _ = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    for g in range(group_size):
-        head = head_k * group_size + g
-        head_row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q
-        for start_m in tl.range(start, seqlen_q, BLOCK_M):
-            row = head_row + start_m
-            exist = offs_m < seqlen_q - start_m
-            q = load_rows(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
-                          HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
-            s = tl.dot(q, k.T, input_precision=PRECISION) * softmax_scale  # [BLOCK_M, BLOCK_N]
-            if CAUSAL:
-                q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
-                k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                s = tl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
-            m_i, inverse_l = load_statistics(M, L, row, offs_m, exist)
-            dout = load_rows(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
-                             HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
-            out = load_rows(Out, batch, head, start_m, stride_ob, stride_os, stride_oh, seqlen_q,
-                            HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
-            d = row_dot(out, dout, dLse, row, offs_m, exist, HAS_DLSE)
-            p = tl.exp(s - m_i[:, None]) * inverse_l[:, None]
-            dv = tl.dot(p.to(dout.dtype).T, dout, dv, input_precision=PRECISION)
-            dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            ds = p * (dp - d[:, None])
-            dk = tl.dot(ds.to(q.dtype).T, q, dk, input_precision=PRECISION)
+    blocks = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M)
+    for i in tl.range(0, group_size * blocks):  # one loop: two would hold more in registers
+        head = head_k * group_size + (i // blocks if GQA else 0)
+        start_m = start + (i % blocks if GQA else i) * BLOCK_M
+        row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q + start_m
+        exist = offs_m < seqlen_q - start_m
+        q = load_rows(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
+                      BLOCK_M, BLOCK_D)  # fmt: skip
+        s = tl.dot(q, k.T, input_precision=PRECISION) * softmax_scale  # [BLOCK_M, BLOCK_N]
+        if CAUSAL:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            s = tl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
+        m_i, inverse_l = load_statistics(M, L, row, offs_m, exist)
+        p = tl.exp(s - m_i[:, None]) * inverse_l[:, None]
+        dout = load_rows(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
+                         HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
+        dv = tl.dot(p.to(dout.dtype).T, dout, dv, input_precision=PRECISION)
+        dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        out = load_rows(Out, batch, head, start_m, stride_ob, stride_os, stride_oh, seqlen_q,
+                        HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
+        ds = p * (dp - row_dot(out, dout, dLse, row, offs_m, exist, HAS_DLSE)[:, None])
+        dk = tl.dot(ds.to(q.dtype).T, q, dk, input_precision=PRECISION)
 
     store_rows(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
                seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
@@ -200,8 +199,8 @@ def _prepare(
         triton.cdiv(spec.seqlen_k, config.block_n) * spec.nheads_k * spec.batch,
         (spec.softmax_scale, *strides, *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim),
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, *lengths),
-        (spec.headdim, spec.headdim_v, config.block_m, config.block_n, *blocks, has_dlse,
-         precision),
+        (spec.headdim, spec.headdim_v, config.block_m, config.block_n, *blocks,
+         spec.group_size > 1, has_dlse, precision),
         config,
     )  # fmt: skip
 

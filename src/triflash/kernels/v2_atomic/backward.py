@@ -58,7 +58,7 @@ def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride
                     stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
                     HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                    CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+                    GQA: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
                     USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
@@ -86,33 +86,33 @@ def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride
     if CHECK_KEYS:
         if start_n + BLOCK_N > seqlen_k:
             full = seqlen_q
-    for g in range(group_size):
-        head = head_k * group_size + g
-        row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q
-        for start_m in tl.range(start, seqlen_q, BLOCK_M):
-            q = load_rows(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
-                          HEADDIM, BLOCK_M, BLOCK_D, USE_TMA)  # fmt: skip
-            exist = offs_m < seqlen_q - start_m
-            lse = tl.load(Lse + row + start_m + offs_m, mask=exist, other=float("inf"))
-            s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
-            if CAUSAL or CHECK_KEYS:
-                if start_m < full:  # only tiles on the edge of the mask pay for it
-                    q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
-                    k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                    seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
-                    s_t = tl.where(seen, s_t, float("-inf"))
-            p_t = tl.exp2(s_t)
-            dout = load_rows(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
-                             seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, USE_TMA)  # fmt: skip
-            dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            delta = tl.load(Delta + row + start_m + offs_m, mask=exist, other=0.0)
-            ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
-            dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
-            dq = tl.dot(ds_t.T, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-            add_rows(dQ + (row + start_m) * HEADDIM, dq, seqlen_q - start_m, HEADDIM, BLOCK_M,
-                     BLOCK_D)  # fmt: skip
+    blocks = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M)
+    for i in tl.range(0, group_size * blocks):  # one loop, so that head follows head without a gap
+        head = head_k * group_size + (i // blocks if GQA else 0)
+        start_m = start + (i % blocks if GQA else i) * BLOCK_M
+        row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q + start_m
+        exist = offs_m < seqlen_q - start_m
+        q = load_rows(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
+                      BLOCK_M, BLOCK_D, USE_TMA)  # fmt: skip
+        lse = tl.load(Lse + row + offs_m, mask=exist, other=float("inf"))
+        s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+        p_t = tl.exp2(s_t)
+        if CAUSAL or CHECK_KEYS:
+            if start_m < full:  # only tiles on the edge of the mask pay for it
+                q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, KEYS_ARE_ROWS=True)
+                p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
+        dout = load_rows(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
+                         HEADDIM_V, BLOCK_M, BLOCK_DV, USE_TMA)  # fmt: skip
+        dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        delta = tl.load(Delta + row + offs_m, mask=exist, other=0.0)
+        ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds_t.T, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+        add_rows(dQ + row * HEADDIM, dq, seqlen_q - start_m, HEADDIM, BLOCK_M, BLOCK_D)
 
     store_rows(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
                seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
@@ -195,8 +195,8 @@ def _prepare(
          *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          spec.seqlen_q, spec.seqlen_k),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.seqlen_k % config.block_n != 0, tuning.dot_precision(spec, target),
-         use_tma),
+         spec.causal, spec.group_size > 1, spec.seqlen_k % config.block_n != 0,
+         tuning.dot_precision(spec, target), use_tma),
         config,
     )  # fmt: skip
     return delta, backward
