@@ -150,8 +150,10 @@ def v1_forward(spec: AttentionSpec, target: Target) -> TileConfig:
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
     if not _vectorises(spec):
         return TileConfig(64, 32, 4, 2) if d <= 128 else TileConfig(32, 32, 4, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 3)
     if d <= 128:
-        return TileConfig(64, 64, 4, 3 if d <= 64 or _has_227_kib(target) else 2)
+        return TileConfig(64, 64, 4, 3) if _has_227_kib(target) else TileConfig(64, 32, 4, 2)
     return TileConfig(64, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
@@ -160,17 +162,17 @@ def v1_paper(spec: AttentionSpec, target: Target) -> TileConfig:
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if target.kind == "hip":  # one stage: Triton 3.6 fails to compile two in float32
+        return TileConfig(32, 32 if d <= 128 else 16, 4, 1)
     if spec.dtype == torch.float32:
         return _float32(_V1_FLOAT32, spec, target, _V1_TF32)
-    if target.kind == "hip":
-        return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
     if not _vectorises(spec):
-        return TileConfig(32, 32, 8, 1)
+        return TileConfig(32, 64, 8, 1)
     if d <= 64:
         return TileConfig(64, 64, 4, 2)
     if d <= 128:
         # 8 warps of wgmma want 128 queries.
-        return TileConfig(128, 32, 8, 1) if _has_227_kib(target) else TileConfig(64, 32, 4, 1)
+        return TileConfig(128, 32, 8, 1) if _has_227_kib(target) else TileConfig(32, 32, 4, 1)
     return TileConfig(32, 64, 8, 1)
 
 
@@ -218,7 +220,7 @@ def v2_atomic(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     if target.interpreter:
         return _INTERPRETER
     if spec.dtype == torch.float32:
-        return _float32(_FLOAT32_DKDV, spec, target)
+        return _float32(_FLOAT32_DKDV, spec, target, _V2_ATOMIC_TF32)
     if target.kind == "hip":
         return TileConfig(32 if d <= 128 else 16, 64 if d <= 64 else 32, 4, 1)
     if use_tma:
@@ -282,6 +284,7 @@ _V1_TF32 = {
     128: TileConfig(16, 32, 8, 1),
     256: TileConfig(16, 16, 8, 1),
 }
+_V2_ATOMIC_TF32 = {**_TF32, 128: TileConfig(16, 32, 8, 1)}  # dq needs shared memory too
 _V1_TF32_DKDV = {
     64: TileConfig(32, 32, 4, 1),
     128: TileConfig(32, 32, 8, 1),
