@@ -84,8 +84,7 @@ def forward(
     """
     out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
     lse, m, l_i = (
-        q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32)
-        for _ in range(3)
+        q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32) for _ in range(3)
     )
     if lse.numel():
         launch = _prepare(
