@@ -196,9 +196,12 @@ def test_v2_torch_chooses_the_precision_of_its_products(setting, dtype, device):
         pytest.skip("this PyTorch has one setting for all products, which test_gpu.py covers")
     before = torch.get_float32_matmul_precision()
     case = Case(**{**vars(RAGGED), "dtype": dtype})
+    inputs = make_inputs(case, device)
+    out, lse, saved = _forward(case, "v2_torch", inputs)
     try:
         torch.set_float32_matmul_precision(setting)
-        spy = _spied(case, device)
+        with Spy() as spy:
+            _backward(case, "v2_torch", inputs, out, lse, saved)
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,8 +1,8 @@
 """FlashAttention forward in the paper's order (arXiv:2205.14135, Algorithm 1): keys outside.
 
 What it changes against `forward`: nothing in the mathematics. A block of keys stays on chip while
-all queries pass by, so o, m and l cannot stay there: they live in memory, and every step reads them,
-updates them and writes them back. Two programs with different keys would update the same rows at
+all queries pass by, so o, m and l cannot stay there: they live in memory, and every step reads,
+updates and writes them. Two programs with different keys would update the same rows at
 the same time, which is a race; so one program owns a (batch, head), and the GPU is full only if
 batch * nheads fills it. docs/v1.md tells the story; this kernel is there to be measured.
 
@@ -29,16 +29,16 @@ from triflash.target import Target, target_of
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k"])
-def paper_forward_kernel(Q, K, V, O, M, L, softmax_scale, stride_qb, stride_qs, stride_qh,
+def paper_forward_kernel(Q, K, V, Acc, M, L, softmax_scale, stride_qb, stride_qs, stride_qh,
                          stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, nheads,
                          group_size, seqlen_q, seqlen_k,
                          HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                          CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
-    """One program a (batch, head). O, M and L come in as 0, -inf and 0 (line 2).
+    """One program a (batch, head). Acc (o), M and L come in as 0, -inf and 0 (line 2).
 
-    O is `(batch, nheads, seqlen_q, headdim_v)`: rows a constant apart leave most of their
+    Acc is `(batch, nheads, seqlen_q, headdim_v)`: rows a constant apart leave most of their
     pointers' arithmetic, and registers, to the compiler.
     """
     pid = tl.program_id(0)
@@ -69,7 +69,7 @@ def paper_forward_kernel(Q, K, V, O, M, L, softmax_scale, stride_qb, stride_qs, 
             l_i = tl.load(L + row + offs_m, mask=exist, other=0.0)
             m_i, l_i, p, keep, take = update(s, m_i, l_i)
             pv = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
-            o_ptrs = O + row * HEADDIM_V + offs_o
+            o_ptrs = Acc + row * HEADDIM_V + offs_o
             o_exist = exist[:, None] & (offs_dv < HEADDIM_V)[None, :]
             o = tl.load(o_ptrs, mask=o_exist, other=0.0)
             tl.store(o_ptrs, o * keep[:, None] + pv * take[:, None], mask=o_exist)

@@ -23,7 +23,7 @@ def rows_of(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM: 
 @triton.jit
 def load_rows(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM: tl.constexpr,
               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_D], zero where there is nothing; X is a descriptor if USE_TMA, else a pointer."""
+    """[ROWS, BLOCK_D], zero where there is nothing. X is a descriptor if USE_TMA, or a pointer."""
     if USE_TMA:
         tile = X.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
