@@ -55,8 +55,9 @@ def delta_kernel(Out, dOut, dLse, Delta, stride_ob, stride_os, stride_oh, stride
 def backward_kernel(Q, K, V, dOut, Lse, Delta, dQ, dK, dV, softmax_scale, stride_qb, stride_qs,
                     stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                     stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
-                    stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
-                    HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k,
+                    HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
                     GQA: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
                     USE_TMA: tl.constexpr):  # fmt: skip
