@@ -231,7 +231,8 @@ def test_auto_on_a_cpu_is_the_reference_unless_kernels_can_run():
 
 
 @pytest.mark.parametrize(
-    "implementation", [r.name for r in registry.IMPLEMENTATIONS if r.needs_kernels]
+    "implementation",
+    [r.name for r in registry.IMPLEMENTATIONS if r.needs_kernels and not r.nvidia_only],
 )
 @pytest.mark.parametrize(
     ("target", "words"),

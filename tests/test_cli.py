@@ -195,7 +195,8 @@ def test_check_fails_when_an_implementation_is_wrong(mistake, capsys, monkeypatc
         registry.resolve.cache_clear()
     shown = capsys.readouterr().out
     assert "FAIL" in shown
-    assert f"{len(ROWS)} of {len(ROWS) + 1} checks passed" in shown
+    passed, checked = map(int, re.search(r"(\d+) of (\d+) checks passed", shown).groups())
+    assert passed == checked - 1
     if mistake == "raises":
         assert "out of shared memory [or so]" in shown
 
@@ -207,7 +208,7 @@ def test_check_without_a_gpu_goes_to_the_interpreter_and_says_so():
     assert "no GPU" in result.stdout
     assert "TRITON_INTERPRET=1" in result.stdout
     assert re.search(r"v2\s", result.stdout)
-    assert "unsupported" not in result.stdout
+    assert "unsupported: v2" not in result.stdout
 
 
 def test_check_of_the_reference_needs_no_interpreter():

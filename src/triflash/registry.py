@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ class Implementation:
         dtypes: dtypes of q, k and v.
         max_headdim: largest head dimension, None for any.
         needs_kernels: runs Triton kernels, so needs a GPU or the interpreter.
+        nvidia_only: runs what Triton and its interpreter cannot stand in for.
+        extra: the optional dependency that brings `packages`, and those by their import names.
     """
 
     name: str
@@ -39,6 +42,9 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     max_headdim: int | None = 256
     needs_kernels: bool = True
+    nvidia_only: bool = False
+    extra: str | None = None
+    packages: tuple[str, ...] = ()
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
         """None if this row can run `spec` on `target`, else the reason as a sentence."""
@@ -49,6 +55,10 @@ class Implementation:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
         if not self.needs_kernels:
             return None
+        if self.nvidia_only and target.kind != "cuda":
+            return f"{self.name} runs on NVIDIA GPUs only, and q is on {target.kind}."
+        if not all(_installed(package) for package in self.packages):
+            return f"{self.name} needs the optional packages: pip install triflash[{self.extra}]."
         if not target.has_triton:
             return f"{self.name} needs the triton package, which is not installed."
         if not target.runs_kernels:
@@ -81,6 +91,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
+    ),
+    Implementation(
+        name="cuda_v1",
+        summary="FlashAttention forward in CUDA C++ with CuTe, compiled at run time; v2's backward",
+        forward="triflash.kernels.cuda.forward:forward",
+        backward="triflash.kernels.v2.backward:backward",
+        dtypes=(torch.float16, torch.bfloat16),
+        nvidia_only=True,
+        extra="cuda",
+        packages=("cuda.core", "cuda.bindings", "cutlass_library"),
     ),
     Implementation(
         name="reference",
@@ -133,6 +153,12 @@ def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
             return row
         reasons.append(reason)
     raise NotImplementedError(" ".join(reasons))
+
+
+@lru_cache(maxsize=64)
+def _installed(package: str) -> bool:
+    parent = package.rpartition(".")[0]
+    return (not parent or _installed(parent)) and importlib.util.find_spec(package) is not None
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -60,3 +61,8 @@ def target_of(device: torch.device) -> Target:
         interpreter=_INTERPRETER,
         has_triton=_HAS_TRITON,
     )
+
+
+def user_cache_dir() -> Path:
+    """Where triflash keeps files between runs: $XDG_CACHE_HOME/triflash, or ~/.cache/triflash."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triflash"

@@ -1,0 +1,1 @@
+"""FlashAttention's forward in CUDA C++, compiled at the first call by NVRTC."""
