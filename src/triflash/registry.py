@@ -1,4 +1,4 @@
-"""The table of implementations, in the order in which "auto" tries them."""
+"""The table of implementations; "auto" tries those that allow it in this order."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Implementation:
         dtypes: dtypes of q, k and v.
         max_headdim: largest head dimension, None for any.
         needs_kernels: runs Triton kernels, so needs a GPU or the interpreter.
+        auto: "auto" may pick it; the others are there to be read and compared, and run by name.
+        deterministic: gradients are bitwise the same in every run.
         nvidia_only: runs what Triton and its interpreter cannot stand in for.
         extra: the optional dependency that brings `packages`, and those by their import names.
     """
@@ -42,6 +44,8 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     max_headdim: int | None = 256
     needs_kernels: bool = True
+    auto: bool = True
+    deterministic: bool = True
     nvidia_only: bool = False
     extra: str | None = None
     packages: tuple[str, ...] = ()
@@ -53,6 +57,11 @@ class Implementation:
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
+        if spec.deterministic and not self.deterministic:
+            return (
+                f"{self.name} refuses deterministic=True: it adds to dq atomically, in an order "
+                "that differs from run to run; v2 makes the same gradients deterministically."
+            )
         if not self.needs_kernels:
             return None
         if self.nvidia_only and target.kind != "cuda":
@@ -93,11 +102,43 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         backward="triflash.kernels.v2.backward:backward",
     ),
     Implementation(
+        name="v2_torch",
+        summary="v2's forward with a backward in tiles of plain PyTorch: the didactic middle step",
+        forward="triflash.kernels.v2.forward:forward",
+        backward="triflash.kernels.v2_torch.backward:backward",
+        auto=False,
+    ),
+    Implementation(
+        name="v2_atomic",
+        summary="v2's forward with a one-pass backward, dq by atomic adds: not deterministic",
+        forward="triflash.kernels.v2.forward:forward",
+        backward="triflash.kernels.v2_atomic.backward:backward",
+        auto=False,
+        deterministic=False,
+    ),
+    Implementation(
+        name="v1",
+        summary="FlashAttention in Triton: output normalised at every step, m and l saved",
+        forward="triflash.kernels.v1.forward:forward",
+        backward="triflash.kernels.v1.backward:backward",
+        saves=("m", "l"),
+        auto=False,
+    ),
+    Implementation(
+        name="v1_paper",
+        summary="v1 in the paper's order of loops, keys outside: one program a head",
+        forward="triflash.kernels.v1.paper_forward:forward",
+        backward="triflash.kernels.v1.backward:backward",
+        saves=("m", "l"),
+        auto=False,
+    ),
+    Implementation(
         name="cuda_v1",
         summary="FlashAttention forward in CUDA C++ with CuTe, compiled at run time; v2's backward",
         forward="triflash.kernels.cuda.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         dtypes=(torch.float16, torch.bfloat16),
+        auto=False,
         nvidia_only=True,
         extra="cuda",
         packages=("cuda.core", "cuda.bindings", "cutlass_library"),
@@ -115,7 +156,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 
 
 def implementations() -> list[str]:
-    """Names that `implementation=` takes beside "auto", in the order in which "auto" tries them."""
+    """Names that `implementation=` takes beside "auto"."""
     return [row.name for row in IMPLEMENTATIONS]
 
 
@@ -145,6 +186,8 @@ def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
         return row
     reasons = []
     for row in IMPLEMENTATIONS:
+        if not row.auto:
+            continue
         # On a GPU a quadratic stand-in would be a silent fallback; there "auto" means a kernel.
         if not row.needs_kernels and target.kind in ("cuda", "hip"):
             continue

@@ -136,6 +136,107 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
 
 
+# What follows was chosen to compile without spilling on sm_90, not yet by measuring.
+
+
+def v1_forward(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's forward kernel, which holds p @ v beside o: less room than v2 has."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_V1_FLOAT32, spec, target, _V1_TF32)
+    if target.kind == "hip":
+        return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
+    if not _vectorises(spec):
+        return TileConfig(64, 32, 4, 2) if d <= 128 else TileConfig(32, 32, 4, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 3)
+    if d <= 128:
+        return TileConfig(64, 64, 4, 3) if _has_227_kib(target) else TileConfig(64, 32, 4, 2)
+    return TileConfig(64, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
+
+
+def v1_paper(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's forward kernel in the paper's order; o comes and goes in every step."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if target.kind == "hip":  # one stage: Triton 3.6 fails to compile two in float32
+        return TileConfig(32, 32 if d <= 128 else 16, 4, 1)
+    if spec.dtype == torch.float32:
+        return _float32(_V1_FLOAT32, spec, target, _V1_TF32)
+    if not _vectorises(spec):
+        return TileConfig(32, 64, 8, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 2)
+    if d <= 128:
+        # 8 warps of wgmma want 128 queries.
+        return TileConfig(128, 32, 8, 1) if _has_227_kib(target) else TileConfig(32, 32, 4, 1)
+    return TileConfig(32, 64, 8, 1)
+
+
+def v1_dkdv(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's dk, dv kernel, which reads out as well."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_V1_FLOAT32_DKDV, spec, target, _V1_TF32_DKDV)
+    if target.kind == "hip":
+        return TileConfig(32 if d <= 128 else 16, 64 if d <= 64 else 32, 4, 1)
+    if not _vectorises(spec):
+        return TileConfig(32, 64, 8, 1) if d <= 64 else TileConfig(32, 32, 4 if d <= 128 else 8, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 2) if _has_227_kib(target) else TileConfig(32, 64, 4, 2)
+    if d <= 128:
+        return TileConfig(32, 64, 8, 2)
+    return TileConfig(32, 64 if target.sm == 80 or _has_227_kib(target) else 32, 8, 1)
+
+
+def v1_dq(spec: AttentionSpec, target: Target) -> TileConfig:
+    """Tiles of v1's dq kernel."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_V1_FLOAT32, spec, target, _V1_TF32)
+    if target.kind == "hip":
+        return TileConfig(64 if d <= 64 else 32, 32 if d <= 128 else 16, 4, 1)
+    if not _vectorises(spec):
+        return TileConfig(32, 32, 4, 1)
+    if d <= 64:
+        return TileConfig(64, 64, 4, 2)
+    if d <= 128:
+        return TileConfig(128, 64, 8, 2) if _has_227_kib(target) else TileConfig(64, 32, 4, 2)
+    if _has_227_kib(target):
+        return TileConfig(128, 32, 8, 2)
+    return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
+
+
+def v2_atomic(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+    """Tiles of the one-pass backward. More keys a program are fewer atomic additions to dq."""
+    d = _widest(spec)
+    if target.interpreter:
+        return _INTERPRETER
+    if spec.dtype == torch.float32:
+        return _float32(_FLOAT32_DKDV, spec, target, _V2_ATOMIC_TF32)
+    if target.kind == "hip":
+        return TileConfig(32 if d <= 128 else 16, 64 if d <= 64 else 32, 4, 1)
+    if use_tma:
+        if d <= 64:
+            return TileConfig(64, 128, 8, 2)
+        return TileConfig(32, 128 if d <= 128 else 32, 8, 2)
+    if not _vectorises(spec) and d > 64:
+        return TileConfig(32, 32, 8, 1)
+    if d <= 64:
+        large = _has_227_kib(target) and _vectorises(spec)
+        return TileConfig(64 if large else 32, 64, 4, 2)
+    if d <= 128:
+        return TileConfig(32, 128 if _has_227_kib(target) else 64, 8, 2)
+    return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
+
+
 # Small tiles, so that short tests still cross several blocks.
 _INTERPRETER = TileConfig(32, 32, 4, 1)
 
@@ -167,11 +268,38 @@ _TF32 = {
     128: TileConfig(32, 32, 8, 1),
     256: TileConfig(16, 16, 8, 1),
 }
+# v1 holds more beside its tiles: p @ v in the forward, out in the backward.
+_V1_FLOAT32 = {
+    64: TileConfig(32, 32, 8, 2),
+    128: TileConfig(32, 16, 8, 2),
+    256: TileConfig(32, 16, 8, 2),
+}
+_V1_FLOAT32_DKDV = {
+    64: TileConfig(16, 32, 8, 1),
+    128: TileConfig(16, 16, 8, 1),
+    256: TileConfig(16, 16, 8, 1),
+}
+_V1_TF32 = {
+    64: TileConfig(32, 32, 4, 1),
+    128: TileConfig(16, 32, 8, 1),
+    256: TileConfig(16, 16, 8, 1),
+}
+_V2_ATOMIC_TF32 = {**_TF32, 128: TileConfig(16, 32, 8, 1)}  # dq needs shared memory too
+_V1_TF32_DKDV = {
+    64: TileConfig(32, 32, 4, 1),
+    128: TileConfig(32, 32, 8, 1),
+    256: TileConfig(16, 16, 8, 2),
+}
 
 
-def _float32(table: dict[int, TileConfig], spec: AttentionSpec, target: Target) -> TileConfig:
+def _float32(
+    table: dict[int, TileConfig],
+    spec: AttentionSpec,
+    target: Target,
+    tf32: dict[int, TileConfig] = _TF32,
+) -> TileConfig:
     if dot_precision(spec, target) == "tf32":
-        table = _TF32
+        table = tf32
     return next(config for width, config in table.items() if _widest(spec) <= width)
 
 
