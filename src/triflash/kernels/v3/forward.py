@@ -1,0 +1,316 @@
+"""FlashAttention-3 forward for Hopper (arXiv:2407.08608, Algorithm 2), in Gluon.
+
+What v3 changes against v2: one warp does nothing but load by TMA, two or three warpgroups compute
+64 queries each on k and v that they share through a ring in shared memory; the product q k^T of a
+block runs while the softmax of the block before it and its product with v are under way; programs
+stay on their multiprocessor and take one tile of queries after another.
+
+FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: q, out and lse
+once; k and v once for each tile of queries, mostly from L2.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triflash import tuning
+from triflash.kernels.common.launch import Launch, aligned
+from triflash.kernels.common.mask import key_range, visible
+from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
+from triflash.spec import AttentionSpec
+from triflash.target import Target, target_of
+
+ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
+
+
+@gluon.jit
+def locate(index, tiles_m, nheads, heads, section, CAUSAL: gl.constexpr):
+    """Tile `index` as (tile_m, batch, head).
+
+    Heads come in sections whose k and v fit L2. Within a section a causal mask has its longest
+    tiles first, so that none is left over at the end.
+    """
+    first = index // (tiles_m * section) * section
+    width = gl.minimum(section, heads - first)
+    rest = index - first * tiles_m
+    tile_m = rest // width
+    if CAUSAL:
+        tile_m = tiles_m - 1 - tile_m
+    row = first + rest % width
+    return tile_m, row // nheads, row % nheads
+
+
+@gluon.jit
+def blocks_of(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+              CAUSAL: gl.constexpr):  # fmt: skip
+    """Blocks of keys for queries [start_m, start_m + BLOCK_M), as (unmasked, all); all >= 1.
+
+    Queries that see no key go through one block that is hidden from them.
+    """
+    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
+    return full // BLOCK_N, gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+
+
+@gluon.jit
+def load(desc, batch, head, row, bar, smem):
+    """TMA of one tile [1, 1, rows, headdim] at (batch, head, row, 0)."""
+    mbarrier.expect(bar, desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], bar, smem)
+
+
+@gluon.jit
+def producer(shared, Q, K, V, Counter, sizes, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+             BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr):  # fmt: skip
+    """The warp that loads: q of each tile, then k and v in the order in which they are used."""
+    q_smem, k_smem, v_smem, _, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, _ = sizes
+    index = gl.program_id(0)
+    q_phase = 1
+    n = 0  # blocks loaded so far
+    while index < tiles:
+        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, CAUSAL)
+        head_k = head // group_size
+        start_m = tile_m * (ROWS * CONSUMERS)
+        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, CAUSAL)
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), q_phase)
+            if DYNAMIC:
+                tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
+                gl.thread_barrier()
+            load(Q, batch, head, start_m + w * ROWS, q_full.index(w), q_smem.index(w))
+        for i in range(blocks + 1):
+            if i < blocks:
+                mbarrier.wait(k_empty.index(n % STAGES), n // STAGES & 1 ^ 1)
+                load(K, batch, head_k, (blocks - 1 - i) * BLOCK_N, k_full.index(n % STAGES),
+                     k_smem.index(n % STAGES))  # fmt: skip
+            if i > 0:
+                p = n - 1
+                mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
+                load(V, batch, head_k, (blocks - i) * BLOCK_N, v_full.index(p % STAGES),
+                     v_smem.index(p % STAGES))  # fmt: skip
+            n += 1
+        n -= 1
+        if DYNAMIC:
+            drawn = gl.atomic_add(Counter, 1)
+            if drawn == tiles - 1:  # the last draw of this launch: ready for the next one
+                gl.atomic_xchg(Counter, 0)
+            index = gl.num_programs(0) + drawn
+        else:
+            index += gl.num_programs(0)
+        q_phase ^= 1
+    if DYNAMIC:
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), q_phase)
+            tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
+            mbarrier.arrive(q_full.index(w), count=1)
+
+
+@gluon.constexpr_function
+def _one(num_warps):
+    """The layout of a single value that every thread has."""
+    return gl.BlockedLayout([1], [32], [num_warps], [0])
+
+
+@gluon.jit
+def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl.constexpr,
+             CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
+             CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr, DYNAMIC: gl.constexpr):  # fmt: skip
+    """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
+        shared
+    )
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, programs = sizes
+    BLOCK_DV: gl.constexpr = v_smem.shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    scale_log2 = softmax_scale * SCALE_SIGN * LOG2_E
+    if SCALE_SIGN == 0:
+        scale_log2 = 1.0
+    bars = (k_full, k_empty, v_full, v_empty)
+
+    index = gl.program_id(0)
+    q_phase = 0
+    n = 0
+    while index < tiles:
+        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, CAUSAL)
+        start_m = tile_m * (ROWS * CONSUMERS)
+        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, CAUSAL)
+        start_m += W * ROWS
+        unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, CAUSAL)
+        for _ in range(blocks - mine):  # later than all of this warpgroup's queries
+            mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
+            mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+            mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
+            mbarrier.arrive(v_empty.index(n % STAGES), count=1)
+            n += 1
+
+        q = q_smem.index(W).reshape([ROWS, q_smem.shape[4]])
+        q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
+        mbarrier.wait(q_full.index(W), q_phase)
+        mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
+        s = warpgroup_mma(q, transposed(k_smem, n % STAGES), gl.zeros([ROWS, BLOCK_N], gl.float32, S),
+                          use_acc=False, is_async=True)  # fmt: skip
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+        m_i, l_i, p, alpha = softmax(s, m_i, l_i, scale_log2, q_idx, (mine - 1) * BLOCK_N, seqlen_q,
+                                     seqlen_k, CAUSAL, CAUSAL or CHECK_KEYS, SCALE_SIGN)  # fmt: skip
+        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
+
+        masked_end = mine - 1
+        if CAUSAL:
+            for i in range(gl.minimum(unmasked, mine - 1), mine - 1):
+                masked_end -= 1
+                acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2,
+                                        q_idx, masked_end * BLOCK_N, seqlen_q, seqlen_k, S, O,
+                                        STAGES, CAUSAL, True, SCALE_SIGN)  # fmt: skip
+                n += 1
+        for i in range(masked_end):
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2,
+                                    q_idx, 0, seqlen_q, seqlen_k, S, O,
+                                    STAGES, CAUSAL, False, SCALE_SIGN)  # fmt: skip
+            n += 1
+        mbarrier.arrive(q_empty.index(W), count=1)
+        mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
+        acc = warpgroup_mma(p, tile(v_smem, n % STAGES), acc, is_async=True)
+        lse, normaliser = finish(m_i, l_i)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(n % STAGES), count=1)
+        n += 1
+
+        normaliser = gl.convert_layout(normaliser, gl.SliceLayout(1, O))
+        out = (acc * normaliser[:, None]).to(q.dtype)
+        tma.store_wait(0)  # the tile before this one
+        o_smem.index(W).reshape([ROWS, BLOCK_DV]).store(out)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(Out, [batch, head, start_m, 0], o_smem.index(W))
+        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
+        gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
+
+        q_phase ^= 1
+        if DYNAMIC:
+            mbarrier.wait(q_full.index(W), q_phase)
+            index = gl.max(tile_smem.index(W).load(_one(4)), 0)
+        else:
+            index += programs
+    tma.store_wait(0)
+
+
+@gluon.jit
+def tile(ring, slot):
+    """Slot of a ring as [rows, headdim]."""
+    return ring.index(slot).reshape([ring.shape[3], ring.shape[4]])
+
+
+@gluon.jit
+def transposed(ring, slot):
+    """Slot of a ring as [headdim, rows]."""
+    return tile(ring, slot).permute((1, 0))
+
+
+@gluon.jit
+def softmax(s, m_i, l_i, scale_log2, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr,
+            MASKED: gl.constexpr, SCALE_SIGN: gl.constexpr):  # fmt: skip
+    """Mask and softmax_step; the sign that softmax_step does not take goes into the scores."""
+    if SCALE_SIGN < 0:
+        s = -s
+    elif SCALE_SIGN == 0:
+        s = gl.zeros_like(s)
+    if MASKED:
+        k_idx = start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
+        s = gl.where(seen, s, float("-inf"))
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, MASKED)
+    return m_i, l_i * alpha + gl.sum(p, 1), p, alpha
+
+
+@gluon.jit
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, seqlen_q,
+         seqlen_k, S: gl.constexpr, O: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+         MASKED: gl.constexpr, SCALE_SIGN: gl.constexpr):  # fmt: skip
+    """Scores and softmax of block n + 1 while p v of block n runs."""
+    BLOCK_N: gl.constexpr = k_smem.shape[3]
+    k_full, k_empty, v_full, v_empty = bars
+    slot = n % STAGES
+    phase = n // STAGES & 1
+    next_slot = (n + 1) % STAGES
+    mbarrier.wait(k_full.index(next_slot), (n + 1) // STAGES & 1)
+    s = warpgroup_mma(q, transposed(k_smem, next_slot),
+                      gl.zeros([ROWS, BLOCK_N], gl.float32, S),
+                      use_acc=False, is_async=True)  # fmt: skip
+    mbarrier.wait(v_full.index(slot), phase)
+    acc = warpgroup_mma(p, tile(v_smem, slot), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(next_slot), count=1)
+    m_i, l_i, p, alpha = softmax(s, m_i, l_i, scale_log2, q_idx, start_n, seqlen_q, seqlen_k,
+                                 CAUSAL, MASKED, SCALE_SIGN)  # fmt: skip
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(slot), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+    return acc, m_i, l_i, p
+
+
+@gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
+                              "seqlen_q", "seqlen_k"])  # fmt: skip
+def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nheads, heads,
+                   group_size, section, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr,
+                   STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
+                   CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr,
+                   DYNAMIC: gl.constexpr):  # fmt: skip
+    """One program a multiprocessor; program i begins with tile i."""
+    q_smem = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + Q.block_type.shape, Q.layout)
+    k_smem = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
+    v_smem = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
+    o_smem = gl.allocate_shared_memory(Out.dtype, [CONSUMERS] + Out.block_type.shape, Out.layout)
+    tile_smem = gl.allocate_shared_memory(
+        gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    q_full = barriers(CONSUMERS, 1)
+    q_empty = barriers(CONSUMERS, 1)
+    k_full = barriers(STAGES, 1)
+    k_empty = barriers(STAGES, CONSUMERS)
+    v_full = barriers(STAGES, 1)
+    v_empty = barriers(STAGES, CONSUMERS)
+    fence_async_shared()
+
+    shared = (q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full,
+              v_empty)  # fmt: skip
+    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k,
+             gl.num_programs(0))  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
+        ], [4, 1], [240, 24])
+    else:
+        gl.warp_specialize([
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
+        ], [4, 4, 1], [160, 160, 32])
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
