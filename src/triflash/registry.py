@@ -33,6 +33,8 @@ class Implementation:
         auto: "auto" may pick it; the others are there to be read and compared, and run by name.
         deterministic: gradients are bitwise the same in every run.
         nvidia_only: runs what Triton and its interpreter cannot stand in for.
+        archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
+        headdim_multiple: what head dimensions must be a multiple of.
         extra: the optional dependency that brings `packages`, and those by their import names.
     """
 
@@ -47,6 +49,8 @@ class Implementation:
     auto: bool = True
     deterministic: bool = True
     nvidia_only: bool = False
+    archs: tuple[str, ...] = ()
+    headdim_multiple: int = 1
     extra: str | None = None
     packages: tuple[str, ...] = ()
 
@@ -57,6 +61,11 @@ class Implementation:
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
+        if spec.headdim % self.headdim_multiple or spec.headdim_v % self.headdim_multiple:
+            return (
+                f"{self.name} takes head dimensions that are multiples of {self.headdim_multiple}, "
+                f"not {spec.headdim} and {spec.headdim_v}."
+            )
         if spec.deterministic and not self.deterministic:
             return (
                 f"{self.name} refuses deterministic=True: it adds to dq atomically, in an order "
@@ -66,6 +75,9 @@ class Implementation:
             return None
         if self.nvidia_only and target.kind != "cuda":
             return f"{self.name} runs on NVIDIA GPUs only, and q is on {target.kind}."
+        if self.archs and (target.interpreter or target.arch not in self.archs):
+            where = "Triton's interpreter" if target.interpreter else target.arch or target.kind
+            return f"{self.name} runs on {', '.join(self.archs)} only, not on {where}."
         if not all(_installed(package) for package in self.packages):
             return f"{self.name} needs the optional packages: pip install triflash[{self.extra}]."
         if not target.has_triton:
@@ -100,6 +112,17 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
+    ),
+    Implementation(
+        name="v3",
+        summary="FlashAttention-3 for Hopper in Gluon; v2's backward",
+        forward="triflash.kernels.v3.forward:forward",
+        backward="triflash.kernels.v2.backward:backward",
+        dtypes=(torch.float16, torch.bfloat16),
+        auto=False,
+        nvidia_only=True,
+        archs=("sm_90",),
+        headdim_multiple=8,  # rows of 16 bytes, for TMA
     ),
     Implementation(
         name="v2_torch",

@@ -25,6 +25,32 @@ class TileConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class HopperConfig:
+    """How v3's forward runs.
+
+    Attributes:
+        block_n: keys a step.
+        stages: blocks of k, and of v, in shared memory.
+        consumers: warpgroups of 64 queries each.
+        dynamic: programs draw their tiles from a counter.
+        section: heads that are worked on together.
+        pin: keep the wait for p v behind the softmax.
+        alias: out leaves through the shared memory of q, where that is scarce.
+        num_warps, num_stages: Triton's options; the warps are those of one consumer.
+    """
+
+    block_n: int
+    stages: int
+    consumers: int
+    dynamic: bool
+    section: int
+    pin: bool = True
+    alias: bool = False
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 def block_d(headdim: int) -> int:
     """The tile width for a head dimension: a power of two, and at least tl.dot's minimum of 16."""
     return max(16, 1 << (headdim - 1).bit_length())
@@ -134,6 +160,26 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     if _has_227_kib(target):
         return TileConfig(128, 32, 8, 2)
     return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
+
+
+def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
+    """v3's forward, on sm_90 alone."""
+    d = _widest(spec)
+    section = 1
+    if spec.causal:
+        # Heads whose longest tiles come together: as many as leave k and v in L2, 50 MB of it.
+        bytes_kv = 2 * spec.seqlen_k * (spec.headdim + spec.headdim_v)
+        section = max(1, _SECTION_BYTES // bytes_kv) * spec.group_size
+    if d <= 64:
+        return HopperConfig(128, 2, 3, spec.causal, section)
+    if d <= 128:
+        return HopperConfig(128, 2, 2, spec.causal, section)
+    # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
+    alias = block_d(spec.headdim) == block_d(spec.headdim_v)
+    return HopperConfig(64, 2, 2, spec.causal, section, alias=alias)
+
+
+_SECTION_BYTES = 32 * 2**20
 
 
 # What follows was chosen to compile without spilling on sm_90, not yet by measuring.

@@ -9,7 +9,6 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each tile of queries, mostly from L2.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned
+from triflash.kernels.common.launch import Launch, tma_can_read
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.spec import AttentionSpec
@@ -126,7 +125,8 @@ def _one(num_warps):
 @gluon.jit
 def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl.constexpr,
              CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
-             CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr, DYNAMIC: gl.constexpr):  # fmt: skip
+             CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr, DYNAMIC: gl.constexpr,
+             PIN: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
@@ -167,24 +167,21 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-        m_i, l_i, p, alpha = softmax(s, m_i, l_i, scale_log2, q_idx, (mine - 1) * BLOCK_N, seqlen_q,
-                                     seqlen_k, CAUSAL, CAUSAL or CHECK_KEYS, SCALE_SIGN)  # fmt: skip
+        s = signed(s, SCALE_SIGN)
+        if CAUSAL or CHECK_KEYS:
+            s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL)
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL or CHECK_KEYS)
+        l_i = l_i * alpha + gl.sum(p, 1)
         p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
 
-        masked_end = mine - 1
-        if CAUSAL:
-            for i in range(gl.minimum(unmasked, mine - 1), mine - 1):
-                masked_end -= 1
-                acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2,
-                                        q_idx, masked_end * BLOCK_N, seqlen_q, seqlen_k, S, O,
-                                        STAGES, CAUSAL, True, SCALE_SIGN)  # fmt: skip
-                n += 1
-        for i in range(masked_end):
-            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2,
-                                    q_idx, 0, seqlen_q, seqlen_k, S, O,
-                                    STAGES, CAUSAL, False, SCALE_SIGN)  # fmt: skip
+        for i in range(1, mine):
+            block = mine - 1 - i
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx,
+                                    block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k, S, O,
+                                    STAGES, CAUSAL, SCALE_SIGN, PIN)  # fmt: skip
             n += 1
-        mbarrier.arrive(q_empty.index(W), count=1)
+        if not ALIAS:
+            mbarrier.arrive(q_empty.index(W), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = warpgroup_mma(p, tile(v_smem, n % STAGES), acc, is_async=True)
         lse, normaliser = finish(m_i, l_i)
@@ -194,7 +191,8 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
 
         normaliser = gl.convert_layout(normaliser, gl.SliceLayout(1, O))
         out = (acc * normaliser[:, None]).to(q.dtype)
-        tma.store_wait(0)  # the tile before this one
+        if not ALIAS:
+            tma.store_wait(0)  # the tile before this one
         o_smem.index(W).reshape([ROWS, BLOCK_DV]).store(out)
         fence_async_shared()
         tma.async_copy_shared_to_global(Out, [batch, head, start_m, 0], o_smem.index(W))
@@ -202,6 +200,9 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
         lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
         gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
 
+        if ALIAS:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(W), count=1)
         q_phase ^= 1
         if DYNAMIC:
             mbarrier.wait(q_full.index(W), q_phase)
@@ -224,25 +225,26 @@ def transposed(ring, slot):
 
 
 @gluon.jit
-def softmax(s, m_i, l_i, scale_log2, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr,
-            MASKED: gl.constexpr, SCALE_SIGN: gl.constexpr):  # fmt: skip
-    """Mask and softmax_step; the sign that softmax_step does not take goes into the scores."""
+def signed(s, SCALE_SIGN: gl.constexpr):
+    """Scores for softmax_step, which wants a positive scale."""
     if SCALE_SIGN < 0:
         s = -s
     elif SCALE_SIGN == 0:
         s = gl.zeros_like(s)
-    if MASKED:
-        k_idx = start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
-        s = gl.where(seen, s, float("-inf"))
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, MASKED)
-    return m_i, l_i * alpha + gl.sum(p, 1), p, alpha
+    return s
 
 
 @gluon.jit
-def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, seqlen_q,
+def mask(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
+    """Scores with -inf where hidden."""
+    k_idx = start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+    return gl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
+
+
+@gluon.jit
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
          seqlen_k, S: gl.constexpr, O: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-         MASKED: gl.constexpr, SCALE_SIGN: gl.constexpr):  # fmt: skip
+         SCALE_SIGN: gl.constexpr, PIN: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     BLOCK_N: gl.constexpr = k_smem.shape[3]
     k_full, k_empty, v_full, v_empty = bars
@@ -257,9 +259,17 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_
     acc = warpgroup_mma(p, tile(v_smem, slot), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(next_slot), count=1)
-    m_i, l_i, p, alpha = softmax(s, m_i, l_i, scale_log2, q_idx, start_n, seqlen_q, seqlen_k,
-                                 CAUSAL, MASKED, SCALE_SIGN)  # fmt: skip
+    s = signed(s, SCALE_SIGN)
+    if CAUSAL:
+        if masked:  # only blocks on the edge of the mask pay for it
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL)
+    l_i = l_i * alpha + gl.sum(p, 1)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
+    if PIN:
+        # ptxas would move the next line above the softmax, which then would not overlap p v. It
+        # keeps it in its own basic block, so this wait, which is over already, holds it in place.
+        mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
@@ -272,12 +282,18 @@ def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nh
                    group_size, section, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr,
                    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
                    CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr,
-                   DYNAMIC: gl.constexpr):  # fmt: skip
+                   DYNAMIC: gl.constexpr, PIN: gl.constexpr,
+                   ALIAS: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i."""
     q_smem = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + Q.block_type.shape, Q.layout)
     k_smem = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
     v_smem = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
-    o_smem = gl.allocate_shared_memory(Out.dtype, [CONSUMERS] + Out.block_type.shape, Out.layout)
+    if ALIAS:  # out leaves through q's buffer
+        o_smem = q_smem
+    else:
+        o_smem = gl.allocate_shared_memory(
+            Out.dtype, [CONSUMERS] + Out.block_type.shape, Out.layout
+        )
     tile_smem = gl.allocate_shared_memory(
         gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -295,15 +311,15 @@ def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nh
              gl.num_programs(0))  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
             (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
+            (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
             (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
         ], [4, 4, 1], [160, 160, 32])
 
@@ -314,3 +330,122 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
+
+    Raises:
+        NotImplementedError: a base or stride of q, k or v is not a multiple of 16 bytes.
+    """
+    out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
+    lse = q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse, []
+    if spec.seqlen_k == 0:
+        return out.zero_(), lse.fill_(float("-inf")), []
+    if not tma_can_read(q, k, v):
+        raise NotImplementedError(
+            "v3 loads by TMA, which needs q, k and v to start at a multiple of 16 bytes and to have "
+            "strides that are multiples of 16 bytes."
+        )
+    launch, views = _prepare(
+        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride()
+    )
+    launch(
+        _at(views[0], q), _at(views[1], k), _at(views[2], v), _at(views[3], out), lse,
+        _counter(q.device),
+    )  # fmt: skip
+    return out, lse, []
+
+
+@lru_cache(maxsize=4096)
+def _prepare(
+    spec: AttentionSpec,
+    target: Target,
+    device: torch.device,
+    stride_q: tuple[int, ...],
+    stride_k: tuple[int, ...],
+    stride_v: tuple[int, ...],
+) -> tuple[Launch, tuple[dict[str, Any], ...]]:
+    """The launch, and q's, k's, v's and out's descriptors but for their base."""
+    config = tuning.v3_forward(spec, target)
+    tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
+    heads = spec.batch * spec.nheads
+    tiles = tiles_m * heads
+    shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
+    shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
+    shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
+    shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
+    stride_o = (
+        spec.seqlen_q * spec.nheads * spec.headdim_v,
+        spec.nheads * spec.headdim_v,
+        spec.headdim_v,
+    )
+    rows = ROWS.value
+    views = (
+        _view(shape_q, stride_q, rows, spec.dtype),
+        _view(shape_k, stride_k, config.block_n, spec.dtype),
+        _view(shape_v, stride_v, config.block_n, spec.dtype),
+        _view(shape_o, stride_o, rows, spec.dtype),
+    )
+    sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
+    launch = Launch(
+        forward_kernel,
+        min(tiles, target.num_sms),
+        (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k),
+        (config.block_n, config.stages, config.consumers, spec.causal,
+         spec.seqlen_k % config.block_n != 0, sign, config.dynamic, config.pin, config.alias),
+        config,
+    )  # fmt: skip
+    return launch, views
+
+
+def _view(
+    shape: tuple[int, ...], stride: tuple[int, ...], rows: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A descriptor's fields: `(batch, nheads, seqlen, headdim)` in tiles of [1, 1, rows, width].
+
+    Four dimensions, so that what lies past a sequence or a head is loaded as zero and never stored
+    to; the width is a power of two, and what lies past headdim is treated the same.
+    """
+    batch, seqlen, nheads, headdim = shape
+    # The stride of a dimension of size 1 may be junk, which TMA would refuse.
+    strides = [s if n > 1 else 16 for n, s in zip(shape[:3], stride[:3], strict=True)]
+    block = [1, 1, rows, tuning.block_d(headdim)]
+    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return {
+        "shape": [batch, nheads, seqlen, headdim],
+        "strides": [strides[0], strides[2], strides[1], 1],
+        "block_shape": block,
+        "layout": gl.NVMMASharedLayout.get_default_for(block, element),
+        "padding": "zero",
+    }
+
+
+def _at(view: dict[str, Any], tensor: torch.Tensor) -> TensorDescriptor:
+    """The descriptor of `view` at `tensor`, without the checks of its constructor (about 5 us)."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(view, base=tensor)
+    return descriptor
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    """The counter that programs draw their tiles from: 0 before and after every launch.
+
+    Launches that may run at the same time need one each, so there is one a stream, and a new one in
+    every CUDA graph, which may be replayed beside anything.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _counter_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _counter_of_stream(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
