@@ -9,6 +9,7 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each tile of queries, mostly from L2.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,22 @@ from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a kernel is compiled for; the fields that tuning.HopperConfig has too mean the same."""
+
+    block_n: int
+    stages: int
+    consumers: int
+    dynamic: bool
+    pin: bool
+    alias: bool
+    causal: bool
+    check_keys: bool  # the last block of keys has some past seqlen_k
+    scale_sign: int  # of softmax_scale: -1, 0 or 1
+
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
 
@@ -70,22 +87,24 @@ def load(desc, batch, head, row, bar, smem):
 
 
 @gluon.jit
-def producer(shared, Q, K, V, Counter, sizes, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-             BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr):  # fmt: skip
+def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
+    STAGES: gl.constexpr = C.stages
+    CONSUMERS: gl.constexpr = C.consumers
+    BLOCK_N: gl.constexpr = C.block_n
     q_smem, k_smem, v_smem, _, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, _ = sizes
     index = gl.program_id(0)
     q_phase = 1
     n = 0  # blocks loaded so far
     while index < tiles:
-        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, CAUSAL)
+        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
         head_k = head // group_size
         start_m = tile_m * (ROWS * CONSUMERS)
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, CAUSAL)
+        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
         for w in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(w), q_phase)
-            if DYNAMIC:
+            if C.dynamic:
                 tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
                 gl.thread_barrier()
             load(Q, batch, head, start_m + w * ROWS, q_full.index(w), q_smem.index(w))
@@ -101,7 +120,7 @@ def producer(shared, Q, K, V, Counter, sizes, STAGES: gl.constexpr, CONSUMERS: g
                      v_smem.index(p % STAGES))  # fmt: skip
             n += 1
         n -= 1
-        if DYNAMIC:
+        if C.dynamic:
             drawn = gl.atomic_add(Counter, 1)
             if drawn == tiles - 1:  # the last draw of this launch: ready for the next one
                 gl.atomic_xchg(Counter, 0)
@@ -109,7 +128,7 @@ def producer(shared, Q, K, V, Counter, sizes, STAGES: gl.constexpr, CONSUMERS: g
         else:
             index += gl.num_programs(0)
         q_phase ^= 1
-    if DYNAMIC:
+    if C.dynamic:
         for w in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(w), q_phase)
             tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
@@ -123,20 +142,20 @@ def _one(num_warps):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl.constexpr,
-             CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
-             CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr, DYNAMIC: gl.constexpr,
-             PIN: gl.constexpr, ALIAS: gl.constexpr):  # fmt: skip
+def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    STAGES: gl.constexpr = C.stages
+    CONSUMERS: gl.constexpr = C.consumers
+    BLOCK_N: gl.constexpr = C.block_n
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, programs = sizes
+    tiles, tiles_m, nheads, heads, _, section, seqlen_q, seqlen_k, programs = sizes
     BLOCK_DV: gl.constexpr = v_smem.shape[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    scale_log2 = softmax_scale * SCALE_SIGN * LOG2_E
-    if SCALE_SIGN == 0:
+    LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    LAYOUT_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    scale_log2 = softmax_scale * C.scale_sign * LOG2_E
+    if C.scale_sign == 0:
         scale_log2 = 1.0
     bars = (k_full, k_empty, v_full, v_empty)
 
@@ -144,11 +163,11 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
     q_phase = 0
     n = 0
     while index < tiles:
-        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, CAUSAL)
+        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
         start_m = tile_m * (ROWS * CONSUMERS)
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, CAUSAL)
+        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
         start_m += W * ROWS
-        unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, CAUSAL)
+        unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, C.causal)
         for _ in range(blocks - mine):  # later than all of this warpgroup's queries
             mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
             mbarrier.arrive(k_empty.index(n % STAGES), count=1)
@@ -157,30 +176,31 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
             n += 1
 
         q = q_smem.index(W).reshape([ROWS, q_smem.shape[4]])
-        q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
+        q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
         mbarrier.wait(q_full.index(W), q_phase)
         mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
-        s = warpgroup_mma(q, transposed(k_smem, n % STAGES), gl.zeros([ROWS, BLOCK_N], gl.float32, S),
+        s = warpgroup_mma(q, transposed(k_smem, n % STAGES),
+                          gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S),
                           use_acc=False, is_async=True)  # fmt: skip
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(n % STAGES), count=1)
-        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-        s = signed(s, SCALE_SIGN)
-        if CAUSAL or CHECK_KEYS:
-            s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL)
-        m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL or CHECK_KEYS)
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, LAYOUT_O)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
+        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LAYOUT_S))
+        s = signed(s, C.scale_sign)
+        if C.causal or C.check_keys:
+            s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
         l_i = l_i * alpha + gl.sum(p, 1)
-        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
+        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
 
         for i in range(1, mine):
             block = mine - 1 - i
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx,
-                                    block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k, S, O,
-                                    STAGES, CAUSAL, SCALE_SIGN, PIN)  # fmt: skip
+                                    block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k,
+                                    LAYOUT_S, LAYOUT_O, C)  # fmt: skip
             n += 1
-        if not ALIAS:
+        if not C.alias:
             mbarrier.arrive(q_empty.index(W), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = warpgroup_mma(p, tile(v_smem, n % STAGES), acc, is_async=True)
@@ -189,22 +209,22 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, STAGES: gl
         mbarrier.arrive(v_empty.index(n % STAGES), count=1)
         n += 1
 
-        normaliser = gl.convert_layout(normaliser, gl.SliceLayout(1, O))
+        normaliser = gl.convert_layout(normaliser, gl.SliceLayout(1, LAYOUT_O))
         out = (acc * normaliser[:, None]).to(q.dtype)
-        if not ALIAS:
+        if not C.alias:
             tma.store_wait(0)  # the tile before this one
         o_smem.index(W).reshape([ROWS, BLOCK_DV]).store(out)
         fence_async_shared()
         tma.async_copy_shared_to_global(Out, [batch, head, start_m, 0], o_smem.index(W))
-        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
         gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
 
-        if ALIAS:
+        if C.alias:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(W), count=1)
         q_phase ^= 1
-        if DYNAMIC:
+        if C.dynamic:
             mbarrier.wait(q_full.index(W), q_phase)
             index = gl.max(tile_smem.index(W).load(_one(4)), 0)
         else:
@@ -243,57 +263,53 @@ def mask(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
-         seqlen_k, S: gl.constexpr, O: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-         SCALE_SIGN: gl.constexpr, PIN: gl.constexpr):  # fmt: skip
+         seqlen_k, LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
-    BLOCK_N: gl.constexpr = k_smem.shape[3]
+    STAGES: gl.constexpr = C.stages
+    BLOCK_N: gl.constexpr = C.block_n
     k_full, k_empty, v_full, v_empty = bars
     slot = n % STAGES
     phase = n // STAGES & 1
     next_slot = (n + 1) % STAGES
     mbarrier.wait(k_full.index(next_slot), (n + 1) // STAGES & 1)
     s = warpgroup_mma(q, transposed(k_smem, next_slot),
-                      gl.zeros([ROWS, BLOCK_N], gl.float32, S),
+                      gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S),
                       use_acc=False, is_async=True)  # fmt: skip
     mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma(p, tile(v_smem, slot), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(next_slot), count=1)
-    s = signed(s, SCALE_SIGN)
-    if CAUSAL:
+    s = signed(s, C.scale_sign)
+    if C.causal:
         if masked:  # only blocks on the edge of the mask pay for it
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL)
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal)
     l_i = l_i * alpha + gl.sum(p, 1)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, O, 2))
-    if PIN:
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
+    if C.pin:
         # ptxas would move the next line above the softmax, which then would not overlap p v. It
         # keeps it in its own basic block, so this wait, which is over already, holds it in place.
         mbarrier.wait(v_full.index(slot), phase)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT_O))[:, None]
     return acc, m_i, l_i, p
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
                               "seqlen_q", "seqlen_k"])  # fmt: skip
 def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nheads, heads,
-                   group_size, section, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr,
-                   STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
-                   CHECK_KEYS: gl.constexpr, SCALE_SIGN: gl.constexpr,
-                   DYNAMIC: gl.constexpr, PIN: gl.constexpr,
-                   ALIAS: gl.constexpr):  # fmt: skip
+                   group_size, section, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i."""
-    q_smem = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + Q.block_type.shape, Q.layout)
-    k_smem = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
-    v_smem = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
-    if ALIAS:  # out leaves through q's buffer
+    STAGES: gl.constexpr = C.stages
+    CONSUMERS: gl.constexpr = C.consumers
+    q_smem = buffers(Q, CONSUMERS)
+    k_smem = buffers(K, STAGES)
+    v_smem = buffers(V, STAGES)
+    if C.alias:  # out leaves through q's buffer
         o_smem = q_smem
     else:
-        o_smem = gl.allocate_shared_memory(
-            Out.dtype, [CONSUMERS] + Out.block_type.shape, Out.layout
-        )
+        o_smem = buffers(Out, CONSUMERS)
     tile_smem = gl.allocate_shared_memory(
         gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -309,19 +325,36 @@ def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nh
               v_empty)  # fmt: skip
     sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k,
              gl.num_programs(0))  # fmt: skip
+    # A tuple with constexprs must be written where it is used, or they become tensors.
     if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
-            (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
-        ], [4, 1], [240, 24])
+        gl.warp_specialize(
+            [
+                (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, C)),
+                (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, C)),
+                (producer, (shared, Q, K, V, Counter, sizes, C)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
     else:
-        gl.warp_specialize([
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
-            (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, STAGES, CONSUMERS, BLOCK_N, CAUSAL, CHECK_KEYS, SCALE_SIGN, DYNAMIC, PIN, ALIAS)),
-            (producer, (shared, Q, K, V, Counter, sizes, STAGES, CONSUMERS, BLOCK_N, CAUSAL, DYNAMIC)),
-        ], [4, 4, 1], [160, 160, 32])
+        gl.warp_specialize(
+            [
+                (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, C)),
+                (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, C)),
+                (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, C)),
+                (producer, (shared, Q, K, V, Counter, sizes, C)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
+
+
+@gluon.jit
+def buffers(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor."""
+    TILE_ROWS: gl.constexpr = desc.block_type.shape[2]
+    WIDTH: gl.constexpr = desc.block_type.shape[3]
+    return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, 1, TILE_ROWS, WIDTH], desc.layout)
 
 
 @gluon.jit
@@ -348,8 +381,8 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf")), []
     if not tma_can_read(q, k, v):
         raise NotImplementedError(
-            "v3 loads by TMA, which needs q, k and v to start at a multiple of 16 bytes and to have "
-            "strides that are multiples of 16 bytes."
+            "v3 loads by TMA, which needs q, k and v to start at a multiple of 16 bytes and to "
+            "have strides that are multiples of 16 bytes."
         )
     launch, views = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride()
@@ -397,8 +430,12 @@ def _prepare(
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
          min(config.section, heads), spec.seqlen_q, spec.seqlen_k),
-        (config.block_n, config.stages, config.consumers, spec.causal,
-         spec.seqlen_k % config.block_n != 0, sign, config.dynamic, config.pin, config.alias),
+        (
+            Schedule(
+                config.block_n, config.stages, config.consumers, config.dynamic, config.pin,
+                config.alias, spec.causal, spec.seqlen_k % config.block_n != 0, sign,
+            ),
+        ),
         config,
     )  # fmt: skip
     return launch, views
