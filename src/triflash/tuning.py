@@ -37,6 +37,7 @@ class HopperConfig:
         section: heads that are worked on together.
         pin: keep the wait for p v behind the softmax.
         alias: out leaves through the shared memory of q, where that is scarce.
+        lane_sum: lanes sum their own columns of p until the end.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -47,6 +48,7 @@ class HopperConfig:
     section: int
     pin: bool = True
     alias: bool = False
+    lane_sum: bool = False
     num_warps: int = 4
     num_stages: int = 1
 

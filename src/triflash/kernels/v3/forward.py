@@ -43,6 +43,7 @@ class Schedule:
     dynamic: bool
     pin: bool
     alias: bool
+    lane_sum: bool
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
@@ -186,12 +187,11 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         mbarrier.arrive(k_empty.index(n % STAGES), count=1)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, LAYOUT_O)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
         if C.causal or C.check_keys:
             s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
-        m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
-        l_i = l_i * alpha + gl.sum(p, 1)
+        m_i, p, _ = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
+        l_i = row_sum(p, C.lane_sum)
         p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
 
         for i in range(1, mine):
@@ -204,6 +204,8 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
             mbarrier.arrive(q_empty.index(W), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = warpgroup_mma(p, tile(v_smem, n % STAGES), acc, is_async=True)
+        if C.lane_sum:
+            l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
         lse, normaliser = finish(m_i, l_i)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(n % STAGES), count=1)
@@ -262,6 +264,25 @@ def mask(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def row_sum(p, LANE_SUM: gl.constexpr):
+    """[ROWS] sums; with LANE_SUM [ROWS, 4], of the columns that each of four lanes has of a row."""
+    if LANE_SUM:
+        N: gl.constexpr = p.shape[1]
+        total = gl.sum(gl.sum(gl.reshape(p, [ROWS, N // 8, 4, 2]), 3), 1)
+    else:
+        total = gl.sum(p, 1)
+    return total
+
+
+@gluon.jit
+def rescaled(l_i, alpha, LANE_SUM: gl.constexpr):
+    """row_sum's result times alpha."""
+    if LANE_SUM:
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
+    return l_i * alpha
+
+
+@gluon.jit
 def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
          seqlen_k, LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
@@ -284,7 +305,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_
         if masked:  # only blocks on the edge of the mask pay for it
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
     m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal)
-    l_i = l_i * alpha + gl.sum(p, 1)
+    l_i = rescaled(l_i, alpha, C.lane_sum) + row_sum(p, C.lane_sum)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
     if C.pin:
         # ptxas would move the next line above the softmax, which then would not overlap p v. It
@@ -433,7 +454,8 @@ def _prepare(
         (
             Schedule(
                 config.block_n, config.stages, config.consumers, config.dynamic, config.pin,
-                config.alias, spec.causal, spec.seqlen_k % config.block_n != 0, sign,
+                config.alias, config.lane_sum, spec.causal, spec.seqlen_k % config.block_n != 0,
+                sign,
             ),
         ),
         config,
