@@ -190,7 +190,7 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         s = signed(s, C.scale_sign)
         if C.causal or C.check_keys:
             s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
-        m_i, p, _ = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
+        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
         l_i = row_sum(p, C.lane_sum)
         p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
 
