@@ -53,6 +53,32 @@ class HopperConfig:
     num_stages: int = 1
 
 
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """How v3's backward runs.
+
+    Attributes:
+        block_m: queries a step.
+        width: what headdim and headdim_v are filled up to in shared memory.
+        q_stages, do_stages: blocks of q, and of dout, in shared memory.
+        ds_stages: blocks of ds there; with 2 the warpgroups wait for each other once a step.
+        dq_first: the product for dq is issued before that for dk, which then hides storing dq.
+        num_warps, num_stages: Triton's options; the warps are those of one consumer.
+    """
+
+    block_m: int
+    width: int
+    q_stages: int
+    do_stages: int
+    ds_stages: int = 2
+    dq_first: bool = True
+    fold: bool = True
+    round_p: bool = False
+    late_dv: bool = False
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 def block_d(headdim: int) -> int:
     """The tile width for a head dimension: a power of two, and at least tl.dot's minimum of 16."""
     return max(16, 1 << (headdim - 1).bit_length())
@@ -179,6 +205,18 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
     alias = block_d(spec.headdim) == block_d(spec.headdim_v)
     return HopperConfig(64, 2, 2, spec.causal, section, alias=alias)
+
+
+def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
+    """v3's backward, on sm_90 alone, head dimensions up to 128."""
+    if _widest(spec) <= 64:
+        return HopperBackwardConfig(128, 64, 2, 2)
+    return HopperBackwardConfig(64, 128, 2, 2)
+
+
+def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:
+    """The kernels before and behind it, which are bound by memory and tiled like it."""
+    return TileConfig(1, 1, 4, 1)
 
 
 _SECTION_BYTES = 32 * 2**20
