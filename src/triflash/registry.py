@@ -115,9 +115,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation(
         name="v3",
-        summary="FlashAttention-3 for Hopper in Gluon; v2's backward",
+        summary="FlashAttention-3 for Hopper in Gluon: TMA, warp specialisation, wgmma",
         forward="triflash.kernels.v3.forward:forward",
-        backward="triflash.kernels.v2.backward:backward",
+        backward="triflash.kernels.v3.backward:backward",
         dtypes=(torch.float16, torch.bfloat16),
         auto=False,
         nvidia_only=True,

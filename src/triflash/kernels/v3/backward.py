@@ -105,7 +105,7 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
         delta -= tl.load(dLse + row + offs_m, mask=exist, other=0.0)
     stats = Stats + pid.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     tl.store(stats, lse_to_log2(lse))  # +inf also for rows past the end: their p is 0
-    tl.store(stats + BLOCK_M, delta)
+    tl.store(stats + BLOCK_M, -delta)
     sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
     tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
 
@@ -279,7 +279,14 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     PART_COLUMN: gl.constexpr = W % (BLOCK_D // PART)
     tile_n, batch, head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
     scale_log2 = softmax_scale * LOG2_E
+    # Masks count from the first query and the first key that it sees, which saves registers.
     k_idx = tile_n * BLOCK_N + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+    keys = seqlen_k
+    if C.causal:
+        k_idx -= start + seqlen_k - seqlen_q
+        keys = 0
+    edge = gl.cdiv(full - start, BLOCK_M)
+    m = 0
     k = tile(k_smem, W)
     v = tile(v_smem, W)
     dk = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
@@ -288,27 +295,27 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
     for i in range(group_size * blocks):
-        _head, start_m = walk(i, head_k, start, blocks, group_size, C)
         q_slot = i % Q_STAGES
         do_slot = i % DO_STAGES
         q = tile(q_smem, q_slot)
         dout = tile(do_smem, do_slot)
         stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
         mbarrier.wait(q_full.index(q_slot), i // Q_STAGES & 1)
+        mbarrier.wait(do_full.index(do_slot), i // DO_STAGES & 1)
         dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.fold:
-            dp_t -= stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
+        if C.fold:  # the product begins with -delta, which then takes no registers of its own
+            minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
+            dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
         s_t = warpgroup_mma(k, q.permute((1, 0)), gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S),
                             use_acc=False, is_async=True)  # fmt: skip
-        mbarrier.wait(do_full.index(do_slot), i // DO_STAGES & 1)
         dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
         p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
         if C.causal or C.check_keys:
-            if start_m < full:  # only tiles on the edge of the mask pay for it
-                q_idx = start_m + gl.arange(0, BLOCK_M, QUERIES)[None, :]
-                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS=True)
+            if m < edge:  # only tiles on the edge of the mask pay for it
+                q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
+                seen = visible(q_idx, k_idx, 0, keys, C.causal, KEYS_ARE_ROWS=True)
                 p_t = gl.where(seen, p_t, 0.0)
         p_16 = p_t.to(q.dtype)
         if C.round_p:
@@ -320,7 +327,7 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
             dv = warpgroup_mma(p_16, dout, dv, is_async=True)
             dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         if not C.fold:
-            dp_t -= stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
+            dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = (p_t * dp_t).to(q.dtype)
         if C.late_dv:
             dv = warpgroup_mma(p_16, dout, dv, is_async=True)
@@ -352,6 +359,9 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         if C.dq_first:
             dk = warpgroup_mma_wait(0, deps=(dk,))
             mbarrier.arrive(q_empty.index(q_slot), count=1)
+        m += 1
+        if C.gqa:  # as in walk, without its division
+            m = gl.where(m < blocks, m, 0)
 
     # dv and dk leave through the memory of v and k.
     v.store(dv.to(v.dtype))
