@@ -43,14 +43,74 @@ CALLS = {
 }
 
 
-def compile_v3(call: dict) -> dict:
-    """What test_machine_code asks of the compiled forward of `call`; runs in its own process."""
+BACKWARD_CALLS = {
+    "bf16-64": {"headdim": 64},
+    "bf16-64-causal": {"headdim": 64, "causal": True},
+    "fp16-64-causal-gqa-tail": {
+        "dtype": FP16,
+        "headdim": 64,
+        "causal": True,
+        "nheads_k": 2,
+        "seqlen": 1000,
+    },
+    "bf16-128": {"headdim": 128},
+    "bf16-128-tail": {"headdim": 128, "seqlen_k": 1000},
+    "bf16-128-causal": {"headdim": 128, "causal": True},
+    "fp16-128-causal-gqa-dlse": {
+        "dtype": FP16,
+        "headdim": 128,
+        "causal": True,
+        "nheads_k": 1,
+        "dlse": True,
+    },
+    "bf16-128-causal-deterministic": {"headdim": 128, "causal": True, "deterministic": True},
+    "bf16-40/72": {"headdim": 40, "headdim_v": 72},
+}
+
+
+def launches_of(
+    target: Target,
+    backward: bool,
+    dtype: torch.dtype = BF16,
+    headdim: int = 64,
+    headdim_v: int | None = None,
+    causal: bool = False,
+    nheads_k: int = 4,
+    seqlen: int = 1024,
+    seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    dlse: bool = False,
+    deterministic: bool = False,
+) -> list:
+    """The launches of v3's forward, or of its backward."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(2, *shape, dtype=dtype, device="meta")
+
+    q = empty(seqlen, 4, headdim)
+    k = empty(seqlen_k or seqlen, nheads_k, headdim)
+    v = empty(seqlen_k or seqlen, nheads_k, headdim_v or headdim)
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, False)
+    row = registry.get("v3")
+    with aot.recorded(target, row) as launches:
+        out, lse, saved = row.load_forward()(q, k, v, spec)
+        if backward:
+            launches.clear()
+            gradient = torch.empty_like(lse) if dlse else None
+            row.load_backward()(torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
+    return launches
+
+
+def compile_v3(call: dict, backward: bool = False) -> dict:
+    """What the tests ask of the compiled kernel of `call`; runs in its own process."""
     import triton
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     gpu, target, _ = aot.TARGETS["sm_90"]
-    launch = aot.record_call(target, implementation="v3", **call)[0]
+    launches = launches_of(target, backward, **call)
+    [launch] = [x for x in launches if x.kernel.is_gluon()]
+    around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
     signature, constants, attrs = {}, {}, {}
     values = (*launch.args, *launch.constexprs)
     for i, (param, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
@@ -58,7 +118,7 @@ def compile_v3(call: dict) -> dict:
             signature[param.name] = "constexpr"
             constants[(i,)] = value
         elif isinstance(value, TensorDescriptor):
-            element = {FP16: "fp16", BF16: "bf16"}[value.base.dtype]
+            element = {FP16: "fp16", BF16: "bf16", torch.float32: "fp32"}[value.base.dtype]
             signature[param.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = {torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
@@ -84,20 +144,36 @@ def compile_v3(call: dict) -> dict:
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
         # Both once in the loop; q k^T once before it, p v once behind it.
-        "hgmma_expected": launch.config.consumers * 2 * products,
+        "hgmma_expected": 0 if backward else launch.config.consumers * 2 * products,
         "registers_move": "setmaxnreg.inc" in compiled.asm["ptx"],
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "local_in_loops": [len(re.findall(r"\b(?:LDL|STL)\b", x)) for x in loops(code)],
+        "around": around,
     }
+
+
+def loops(code: str) -> list[str]:
+    """The innermost loops with matrix products."""
+    lines = code.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    found: dict[int, str] = {}  # by their first product
+    for i, line in enumerate(lines):
+        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        start = labels[branch[1]] if branch else i
+        products = [j for j in range(start, i) if "HGMMA" in lines[j]]
+        if products and (products[0] not in found or i - start < found[products[0]].count("\n")):
+            found[products[0]] = "\n".join(lines[start : i + 1])
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
 def compiler():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-        def compile_call(call: dict) -> dict:
+        def compile_call(call: dict, backward: bool = False) -> dict:
             # Spawned at the first call, so that it imports Triton anew, with its interpreter off.
             with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-                return pool.submit(compile_v3, call).result()
+                return pool.submit(compile_v3, call, backward).result()
 
         yield compile_call
 
@@ -114,6 +190,32 @@ def test_machine_code(call, compiler):
     assert kernel["local"] == 0
     assert kernel["hgmma"] == kernel["hgmma_expected"]
     assert kernel["registers_move"]
+
+
+@pytest.mark.parametrize("call", BACKWARD_CALLS)
+def test_machine_code_of_the_backward(call, compiler):
+    kernel = compiler(BACKWARD_CALLS[call], backward=True)
+    assert kernel["shared"] <= 227 * 1024
+    assert "C7512" not in kernel["log"], kernel["log"]
+    assert "serialized" not in kernel["log"], kernel["log"]
+    # Two warpgroups, each with five products of 64 keys; 32 instructions in either tiling.
+    assert kernel["hgmma"] == 64
+    # What is spilled comes from before the loop and is wanted behind it; but where the warp beside
+    # them waits for its turn, ptxas keeps addresses in fewer uniform registers.
+    if "deterministic" not in BACKWARD_CALLS[call]:
+        assert kernel["local_in_loops"] == [0, 0]
+    assert kernel["stack"] <= 64
+    assert kernel["registers_move"]
+    assert kernel["around"] == [0, 0]
+
+
+def test_the_backward_refuses_wide_heads():
+    row = registry.get("v3")
+    q = torch.ones(1, 8, 2, 136, dtype=BF16)
+    lse = torch.ones(1, 2, 8)
+    spec = make_spec(q, q, q, None, False, False, False)
+    with pytest.raises(NotImplementedError, match="up to 128, not 136"):
+        row.load_backward()(q, None, q, q, q, q, lse, [], spec)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +263,17 @@ def test_no_keys():
     assert lse.shape == (2, 2, 8)
     assert (lse == float("-inf")).all()
     assert saved == []
+
+
+def test_no_keys_gives_zero_gradients():
+    q = torch.ones(2, 8, 2, 64, dtype=BF16)
+    k = torch.ones(2, 0, 2, 64, dtype=BF16)
+    lse = torch.full((2, 2, 8), float("-inf"))
+    spec = make_spec(q, k, k, None, False, False, False)
+    dq, dk, dv = registry.get("v3").load_backward()(q, None, q, k, k, q, lse, [], spec)
+    assert dq.shape == q.shape
+    assert not dq.any()
+    assert dk.shape == dv.shape == k.shape
 
 
 def test_importing_triflash_does_not_import_gluon():

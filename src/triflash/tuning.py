@@ -63,6 +63,10 @@ class HopperBackwardConfig:
         q_stages, do_stages: blocks of q, and of dout, in shared memory.
         ds_stages: blocks of ds there; with 2 the warpgroups wait for each other once a step.
         dq_first: the product for dq is issued before that for dk, which then hides storing dq.
+        fold: the product for dp begins with -delta, which then takes no registers of its own.
+        round_p: ds is made of p in 16 bits, which the product for dv has anyway, not of float32.
+        late_dv: the product for dv is issued behind ds.
+        ahead: the scores of the next step are begun while dq of this one is stored.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -75,6 +79,7 @@ class HopperBackwardConfig:
     fold: bool = True
     round_p: bool = False
     late_dv: bool = False
+    ahead: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -210,7 +215,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     """v3's backward, on sm_90 alone, head dimensions up to 128."""
     if _widest(spec) <= 64:
-        return HopperBackwardConfig(128, 64, 2, 2)
+        return HopperBackwardConfig(128, 64, 2, 2, round_p=True)
     return HopperBackwardConfig(64, 128, 2, 2)
 
 

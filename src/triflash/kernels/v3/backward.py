@@ -54,7 +54,7 @@ from triflash.target import Target, target_of
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a kernel is compiled for; the fields that tuning.HopperBackwardConfig has mean the same."""
+    """What a kernel is compiled for; fields of tuning.HopperBackwardConfig mean the same here."""
 
     block_m: int
     q_stages: int
@@ -64,10 +64,11 @@ class Schedule:
     fold: bool
     round_p: bool
     late_dv: bool
+    ahead: bool
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
-    deterministic: bool
+    deterministic: bool  # programs add to a tile of dq in the order of their keys
 
 
 KEYS = gl.constexpr(64)  # of one warpgroup, the rows of one wgmma
@@ -260,6 +261,16 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def scores(k, q_smem, slot, C: gl.constexpr):
+    """k q^T [KEYS, BLOCK_M], begun."""
+    BLOCK_M: gl.constexpr = C.block_m
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    return warpgroup_mma(k, tile(q_smem, slot).permute((1, 0)),
+                         gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT),
+                         use_acc=False, is_async=True)  # fmt: skip
+
+
+@gluon.jit
 def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
@@ -269,7 +280,7 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         shared
     )
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     BLOCK_D: gl.constexpr = k_smem.shape[4]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -277,7 +288,7 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
     PART_ROW: gl.constexpr = W // (BLOCK_D // PART)
     PART_COLUMN: gl.constexpr = W % (BLOCK_D // PART)
-    tile_n, batch, head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     k_idx = tile_n * BLOCK_N + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
@@ -294,23 +305,29 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
 
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
-    for i in range(group_size * blocks):
+    steps = group_size * blocks
+    if C.ahead:
+        mbarrier.wait(q_full.index(0), 0)
+        s_t = warpgroup_mma_wait(0, deps=(scores(k, q_smem, 0, C),))
+    for i in range(steps):
         q_slot = i % Q_STAGES
         do_slot = i % DO_STAGES
         q = tile(q_smem, q_slot)
         dout = tile(do_smem, do_slot)
         stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
-        mbarrier.wait(q_full.index(q_slot), i // Q_STAGES & 1)
+        if not C.ahead:
+            mbarrier.wait(q_full.index(q_slot), i // Q_STAGES & 1)
         mbarrier.wait(do_full.index(do_slot), i // DO_STAGES & 1)
         dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
         if C.fold:  # the product begins with -delta, which then takes no registers of its own
             minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
             dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
-        s_t = warpgroup_mma(k, q.permute((1, 0)), gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S),
-                            use_acc=False, is_async=True)  # fmt: skip
+        if not C.ahead:
+            s_t = scores(k, q_smem, q_slot, C)
         dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        if not C.ahead:
+            s_t = warpgroup_mma_wait(1, deps=(s_t,))
         p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
         if C.causal or C.check_keys:
             if m < edge:  # only tiles on the edge of the mask pay for it
@@ -340,14 +357,20 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         if not C.dq_first:
             dk = warpgroup_mma(ds_16, q, dk, is_async=True)
         meet(256)
-        dq = warpgroup_mma(part_of_ds(ds_smem, ds_slot, PART_ROW), part_of_k(k_smem, 0, PART_COLUMN),
-                           gl.zeros([PART, PART], gl.float32, LAYOUT_P),
-                           use_acc=False, is_async=True)  # fmt: skip
-        dq = warpgroup_mma(part_of_ds(ds_smem, ds_slot + 1, PART_ROW),
-                           part_of_k(k_smem, 1, PART_COLUMN), dq, is_async=True)  # fmt: skip
+        dq = gl.zeros([PART, PART], gl.float32, LAYOUT_P)
+        for w in gl.static_range(CONSUMERS):
+            dq = warpgroup_mma(part_of_ds(ds_smem, ds_slot + w, PART_ROW),
+                               part_of_k(k_smem, w, PART_COLUMN), dq,
+                               use_acc=w > 0, is_async=True)  # fmt: skip
         if C.dq_first:
             dk = warpgroup_mma(ds_16, q, dk, is_async=True)
-            dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+            if C.ahead:  # of the last step once more, for want of a next one
+                j = gl.minimum(i + 1, steps - 1)
+                mbarrier.wait(q_full.index(j % Q_STAGES), j // Q_STAGES & 1)
+                s_t = scores(k, q_smem, j % Q_STAGES, C)
+                dv, dq = warpgroup_mma_wait(2, deps=(dv, dq))
+            else:
+                dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
         else:
             dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
             mbarrier.arrive(q_empty.index(q_slot), count=1)
@@ -357,8 +380,13 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         fence_async_shared()
         mbarrier.arrive(dq_full.index(W), count=1)
         if C.dq_first:
-            dk = warpgroup_mma_wait(0, deps=(dk,))
+            if C.ahead:
+                dk = warpgroup_mma_wait(1, deps=(dk,))
+            else:
+                dk = warpgroup_mma_wait(0, deps=(dk,))
             mbarrier.arrive(q_empty.index(q_slot), count=1)
+            if C.ahead:  # in flight across the end of the loop it would be serialised
+                s_t = warpgroup_mma_wait(0, deps=(s_t,))
         m += 1
         if C.gqa:  # as in walk, without its division
             m = gl.where(m < blocks, m, 0)
@@ -379,9 +407,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     v_smem = buffers(V, CONSUMERS)
     q_smem = buffers(Q, C.q_stages)
     do_smem = buffers(dOut, C.do_stages)
-    stats_smem = gl.allocate_shared_memory(
-        gl.float32, [C.q_stages, 1, 2 * C.block_m], Stats.layout
-    )
+    stats_smem = gl.allocate_shared_memory(gl.float32, [C.q_stages, 1, 2 * C.block_m], Stats.layout)
     ds_smem = gl.allocate_shared_memory(
         Q.dtype, [C.ds_stages * CONSUMERS, KEYS, C.block_m],
         gl.NVMMASharedLayout.get_default_for([KEYS, C.block_m], Q.dtype),
@@ -433,8 +459,14 @@ def backward(
     and dlse are contiguous.
 
     Raises:
-        NotImplementedError: a base or stride of q, k or v is not a multiple of 16 bytes.
+        NotImplementedError: a base or stride of q, k or v is not a multiple of 16 bytes, or a head
+            dimension is above 128.
     """
+    if max(spec.headdim, spec.headdim_v) > 128:
+        raise NotImplementedError(
+            "v3's backward takes head dimensions up to 128, not "
+            f"{max(spec.headdim, spec.headdim_v)}; v2 takes them up to 256."
+        )
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -520,7 +552,7 @@ def _prepare(
         (
             Schedule(
                 block_m, config.q_stages, config.do_stages, config.ds_stages, config.dq_first,
-                config.fold, config.round_p, config.late_dv,
+                config.fold, config.round_p, config.late_dv, config.ahead,
                 spec.causal, spec.seqlen_k % BLOCK_N.value != 0, spec.group_size > 1,
                 spec.deterministic,
             ),
