@@ -22,8 +22,8 @@ import triton.language as tl
 from triflash import tuning
 from triflash.kernels.common.launch import Launch, aligned
 from triflash.kernels.common.mask import query_range, visible
+from triflash.kernels.common.tiles import load_tile
 from triflash.kernels.v1.softmax import update
-from triflash.kernels.v1.tiles import load_rows
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 
@@ -50,13 +50,13 @@ def paper_forward_kernel(Q, K, V, Acc, M, L, softmax_scale, stride_qb, stride_qs
     offs_o = offs_m[:, None] * HEADDIM_V + offs_dv[None, :]
     head_row = pid.to(tl.int64) * seqlen_q
     for start_n in tl.range(0, seqlen_k, BLOCK_N):  # line 5
-        k = load_rows(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
+        k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
-        v = load_rows(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
+        v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV)  # fmt: skip
         start, _ = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
         for start_m in tl.range(start, seqlen_q, BLOCK_M):  # line 7
-            q = load_rows(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
+            q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
                           HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
             s = tl.dot(q, k.T, input_precision=PRECISION) * softmax_scale  # [BLOCK_M, BLOCK_N]
             if CAUSAL or CHECK_KEYS:
