@@ -20,6 +20,7 @@ from helpers import (
     GPU,
     assert_within_budget,
     every_kernel_row,
+    every_triton_row,
     skip_unsupported,
 )
 
@@ -96,7 +97,7 @@ def test_far_strides(implementation, name, device, tmp_path):
     assert result.returncode == 0, f"ended with {result.returncode}: {result.stderr[-2000:]}"
 
 
-@every_kernel_row
+@every_triton_row
 def test_grids_stay_within_cudas_limits(implementation):
     """y and z of a grid end at 65535; batch * nheads does not."""
     import aot
