@@ -19,6 +19,7 @@ from helpers import every_triton_row
 
 from triflash import registry
 from triflash.testing import Case
+from triflash.tuning import TileConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -50,6 +51,16 @@ CALLS = {
 # tiles need most shared memory: its kernels differ from v2's in the algorithm, not by target.
 ONE_OF_A_KIND = ("sm_80", "sm_89", "sm_90", "gfx942")
 LARGEST = ("bf16-256-causal-long", "fp32-128-tf32")
+
+
+# Bytes a thread that measurably fastest tiles spill (docs/perf-log.md).
+SPILLS = {
+    ("v1", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 480,
+    ("v1_paper", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 480,
+    ("v1_paper", "paper_forward_kernel", TileConfig(64, 128, 8, 1)): 160,
+    ("v2_atomic", "backward_kernel", TileConfig(128, 64, 4, 2)): 32,
+    ("v2_atomic", "backward_kernel", TileConfig(64, 128, 8, 2)): 104,
+}
 
 
 class Compiler:
@@ -109,11 +120,32 @@ def test_compiles(implementation, call, target, compile_for):
             f"{kernel.name} with {kernel.config} needs {kernel.shared} bytes of shared memory, "
             f"{target} has {limit}"
         )
+        assert not kernel.overwritten, (kernel.name, kernel.config, kernel.overwritten)
         if target == "sm_90":
-            assert kernel.spills == 0, (
+            assert kernel.spills <= SPILLS.get((implementation, kernel.name, kernel.config), 0), (
                 f"{kernel.name} with {kernel.config} spills {kernel.spills} bytes a thread "
                 f"({kernel.registers} registers)"
             )
+
+
+@pytest.mark.parametrize(
+    ("buffers", "pending", "hazard"), [(1, 1, True), (1, 0, False), (2, 1, False)]
+)
+def test_overwritten_tiles_are_seen(buffers, pending, hazard):
+    """The trap itself: a product of a step may run on only if the next tile has its own buffer."""
+    ttgir = f"""
+    %ring = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x32x128xbf16, #shared1, #smem, mutable>
+    %to = ttg.memdesc_index %ring[%c0] : !ttg.memdesc<{buffers}x32x128xbf16> -> memdesc
+    %acc:2 = scf.for %i = %c0 to %n step %c1 iter_args(%arg = %zero) -> (tensor<64x128xf32>) {{
+      %tile = ttg.memdesc_index %ring[%slot] : !ttg.memdesc<{buffers}x32x128xbf16> -> memdesc
+      %half = ttg.memdesc_subslice %tile[0, 0] : memdesc
+      %dot = ttng.warp_group_dot %p, %half, %arg {{isAsync = true}} : tensor * memdesc
+      %done:2 = ttng.warp_group_dot_wait %dot, %half {{pendings = {pending} : i32}} : tensor
+      %copy = ttg.async_copy_global_to_local %ptrs, %to mask %m : tensor -> memdesc
+      scf.yield %done#0 : tensor
+    }}
+"""
+    assert bool(aot.overwritten_too_early(ttgir, num_stages=2)) == hazard
 
 
 @every_triton_row

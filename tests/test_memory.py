@@ -165,9 +165,17 @@ def test_nothing_is_written_beyond_the_outputs(
     def new_empty(x, *size, dtype=None, **_):
         return empty(*size, dtype=dtype or x.dtype, device=x.device)
 
+    def new_zeros(x, *size, **options):
+        return new_empty(x, *size, **options).zero_()
+
+    def full_like(x, fill, **options):
+        return empty_like(x, **options).fill_(fill)
+
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch, "full_like", full_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
     got = run_case(case, inputs, implementation)
     monkeypatch.undo()
     assert len(buffers) >= len(got)
