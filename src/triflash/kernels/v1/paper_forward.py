@@ -4,7 +4,7 @@ What it changes against `forward`: nothing in the mathematics. A block of keys s
 all queries pass by, so o, m and l cannot stay there: they live in memory, and every step reads,
 updates and writes them. Two programs with different keys would update the same rows at
 the same time, which is a race; so one program owns a (batch, head), and the GPU is full only if
-batch * nheads fills it. docs/v1.md tells the story; this kernel is there to be measured.
+batch * nheads fills it. docs/algorithm.md tells the story; this kernel is there to be measured.
 
 Saves: m and l, as `forward`. Workspace: o, float32 and of out's size, since rounding it to half
 precision once a block would add up (the authors' code has such a buffer too).
