@@ -51,8 +51,8 @@ def test_compiles_without_spills_to_tensor_cores(arch, headdim, dtype, aligned):
     chosen = config(arch, headdim, dtype=dtype, aligned=aligned)
     cubin = cuda_compile.load_cubin(cuda_forward._SOURCE, chosen.macros, arch)
     registers, stack = aot.resources(cubin)
-    threads = 32 * chosen.num_warps
-    assert registers * threads * chosen.min_blocks <= 65536
+    threads = 32 * chosen.tiles.num_warps
+    assert registers * threads * chosen.tiles.min_blocks <= 65536
     assert stack == 0, f"{chosen} spills {stack} bytes a thread"
     sass = aot.sass(cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
@@ -72,10 +72,10 @@ def test_every_configuration_fits_shared_memory(arch, aligned):
         chosen = config(arch, headdim, 257 - headdim, aligned=aligned)
         assert chosen.width >= max(headdim, 257 - headdim)
         assert chosen.shared_bytes <= aot.TARGETS[arch][2]
-        assert chosen.block_m % (16 * chosen.num_warps) == 0
+        assert chosen.tiles.block_m % (16 * chosen.tiles.num_warps) == 0
         vectors_a_row = (64 if chosen.width % 64 == 0 else 32) // 8
-        for rows in (chosen.block_m, chosen.block_n):
-            assert rows % (32 * chosen.num_warps // vectors_a_row) == 0
+        for rows in (chosen.tiles.block_m, chosen.tiles.block_n):
+            assert rows % (32 * chosen.tiles.num_warps // vectors_a_row) == 0
 
 
 def test_the_launch_passes_what_the_kernel_takes():

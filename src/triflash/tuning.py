@@ -321,3 +321,39 @@ def _vectorises(spec: AttentionSpec) -> bool:
 
 def _fills_tiles(spec: AttentionSpec) -> bool:
     return spec.headdim == block_d(spec.headdim) and spec.headdim_v == block_d(spec.headdim_v)
+
+
+@dataclass(frozen=True)
+class CudaTileConfig(TileConfig):
+    """How kernels/cuda/forward.cu runs; num_stages are tiles of K, and of V, in shared memory."""
+
+    min_blocks: int
+    q_in_registers: bool
+
+
+def cuda_v1_forward(spec: AttentionSpec, target: Target, aligned: bool) -> CudaTileConfig:
+    """Tiles of cuda_v1's forward kernel; `aligned` if rows are whole 16-byte vectors.
+
+    A stage is enough: what waits for its tile leaves the tensor cores to the other block, or to
+    warps that are elsewhere in the step.
+    """
+    d = max(spec.headdim, spec.headdim_v)
+    large = target.sm in _HAS_163_KIB
+    q_in_registers = d <= 64  # wider ones leave no registers for it
+    if not aligned:
+        # Elements pass one by one through registers, of which a smaller tile leaves more.
+        return CudaTileConfig(64, 32, 4, 1, 1, q_in_registers)
+    if d <= 96 or (d <= 128 and large):
+        # 32 rows a warp halve what it reads of k and v; two blocks a multiprocessor hide each
+        # other's softmax and barriers.
+        return CudaTileConfig(128, 64, 4, 1, 2, q_in_registers)
+    if d <= 128:
+        return CudaTileConfig(128, 32, 4, 1, 2, q_in_registers)  # two blocks in 100 KiB
+    if d <= 192 or large:
+        # 32 rows a warp no longer fit the registers.
+        return CudaTileConfig(128, 64, 8, 1, 1, q_in_registers)
+    return CudaTileConfig(64, 64, 4, 1, 1, q_in_registers)  # 96 KiB
+
+
+# 163 KiB of shared memory a block or more; other GPUs since sm_80 have 99.
+_HAS_163_KIB = (80, 87, 90, 100, 103, 110)
