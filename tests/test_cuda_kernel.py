@@ -49,7 +49,9 @@ COMPILED = [
 @pytest.mark.parametrize(("arch", "headdim", "dtype", "aligned"), COMPILED, ids=str)
 def test_compiles_without_spills_to_tensor_cores(arch, headdim, dtype, aligned):
     chosen = config(arch, headdim, dtype=dtype, aligned=aligned)
-    cubin = cuda_compile.load_cubin(cuda_forward._SOURCE, chosen.macros, arch)
+    cubin = cuda_compile.load_cubin(
+        cuda_forward._SOURCE, chosen.macros, arch, chosen.tiles.opt_level
+    )
     registers, stack = aot.resources(cubin)
     threads = 32 * chosen.tiles.num_warps
     assert registers * threads * chosen.tiles.min_blocks <= 65536
@@ -150,7 +152,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and a compiler that only counts."""
     compiled: list[tuple] = []
 
-    def compile_cubin(code, macros, arch):
+    def compile_cubin(code, macros, arch, opt_level):
         compiled.append((code, macros, arch))
         return f"{len(compiled)}".encode()
 
@@ -177,11 +179,12 @@ def test_the_cache_knows_what_decides_the_code(cache, monkeypatch):
     cuda_compile.load_cubin(source, a, "sm_90")
     cuda_compile.load_cubin(source, b, "sm_90")
     cuda_compile.load_cubin(source, a, "sm_80")
+    cuda_compile.load_cubin(source, a, "sm_90", 1)
     source.write_text("second")
     cuda_compile.load_cubin(source, a, "sm_90")
     monkeypatch.setattr(cuda_compile, "_toolchain", lambda: ("13.1",))
     cuda_compile.load_cubin(source, a, "sm_90")
-    assert len(compiled) == 5
+    assert len(compiled) == 6
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: d + b"x"])

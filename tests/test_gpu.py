@@ -292,13 +292,15 @@ def test_compute_sanitizer(implementation, tool, device):
     code = (
         "import torch\n"
         "from triflash.testing import *\n"
-        "for headdim in (40, 128):\n"
+        "for headdim in (33, 40, 128):\n"
         "    case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=headdim, causal=True)\n"
         f"    run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        # cuda-bindings asks the driver for functions that it does not have, which is no error.
+        [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9",
+         sys.executable, "-c", code],
         # The caching allocator would hide what lies past a tensor.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True, text=True, timeout=540,

@@ -10,8 +10,6 @@
 //
 // FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: q, out and lse
 // once; k and v once for each block of queries, mostly from L2.
-// Measured effect: TO BE FILLED from docs/perf-log.md (A to B times v1's speed, C to D times that of
-// SDPA's flash backend, at emb_dim 512 on an H200, bf16).
 //
 // The host compiles this file for one configuration at a time and passes it as macros:
 //   ELEMENT          cute::half_t or cute::bfloat16_t
@@ -88,11 +86,9 @@ using ResultAsOperand =
     Layout<Shape<Shape<_2, _2, _2>, Int<kTilesM>, Int<COLUMNS / 16>>,
            Stride<Stride<_1, _2, Int<4 * kTilesM>>, _4, Int<8 * kTilesM>>>;
 
-// Between global and shared memory, neighbouring threads move neighbouring 16-byte vectors: where a
-// thread's first vector of a tile is, and visit(i, j) for the rows and columns from there to others.
+// Between global and shared memory, neighbouring threads move neighbouring 16-byte vectors. Calls
+// visit(i, j) for the rows and columns that lie between a thread's first vector of a tile and others.
 constexpr int kThreadsARow = kWidth / kVector;
-CUTE_DEVICE int copy_row() { return threadIdx.x / kThreadsARow; }
-CUTE_DEVICE int copy_column() { return threadIdx.x % kThreadsARow * kVector; }
 template <int ROWS, class Visit>
 CUTE_DEVICE void for_each_vector(Visit visit) {
   constexpr int kRowsAtOnce = kThreads / kThreadsARow;
@@ -107,54 +103,43 @@ CUTE_DEVICE void for_each_vector(Visit visit) {
 }
 
 // Starts to load a tile, of which this thread's first vector is at `source` and at `offset` in
-// shared memory, and of which the first `rows` and `columns` exist. The rest becomes 0, so that
-// nothing behind a tensor can reach the result; a copy that only fills with zeros is given the
-// address of `tensor`, which exists. Most tiles exist whole, and cost no comparisons.
+// shared memory, and of which `rows` and `columns` exist from there on. What does not exist is never
+// read and becomes 0, so that nothing behind a tensor can reach the result.
 template <int ROWS>
 CUTE_DEVICE void load_tile(Element* tile, int offset, Element const* source, int64_t stride,
-                           int rows, int columns, Element const* tensor) {
-  auto load = [&](auto whole) {
-    for_each_vector<ROWS>([&](int i, int j) {
-      Element const* const from = source + i * stride + j;
-      uint128_t& to = reinterpret_cast<uint128_t&>(element<ROWS>(tile, offset, i, j));
-      int const row = copy_row() + i, column = copy_column() + j;
-      if constexpr (ALIGNED) {
-        bool const exists = whole || (row < rows && column < columns);
-        SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(
-            reinterpret_cast<uint128_t const&>(*(exists ? from : tensor)), to, exists);
-      } else {
-        alignas(16) Element vector[kVector];
-        CUTE_UNROLL
-        for (int n = 0; n < kVector; ++n) {
-          vector[n] = row < rows && column + n < columns ? from[n] : Element(0.0f);
-        }
-        to = reinterpret_cast<uint128_t const&>(vector);
+                           int rows, int columns) {
+  for_each_vector<ROWS>([&](int i, int j) {
+    Element const* const from = source + i * stride + j;
+    uint128_t& to = reinterpret_cast<uint128_t&>(element<ROWS>(tile, offset, i, j));
+    if constexpr (ALIGNED) {
+      SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(
+          reinterpret_cast<uint128_t const&>(*from), to, i < rows && j < columns);
+    } else {
+      alignas(16) Element vector[kVector];
+      CUTE_UNROLL
+      for (int n = 0; n < kVector; ++n) {
+        vector[n] = i < rows && j + n < columns ? from[n] : Element(0.0f);
       }
-    });
-  };
-  if (ALIGNED && rows >= ROWS && columns == HEADDIM) {
-    load(true_type{});
-  } else {
-    load(false_type{});
-  }
+      to = reinterpret_cast<uint128_t const&>(vector);
+    }
+  });
 }
 
-// The reverse, for the first `rows` and `columns`.
+// The reverse, for as much of the tile as exists in `target`.
 template <int ROWS>
 CUTE_DEVICE void store_tile(Element* tile, int offset, Element* target, int64_t stride, int rows,
                             int columns) {
   for_each_vector<ROWS>([&](int i, int j) {
     Element* const to = target + i * stride + j;
     Element const* const from = &element<ROWS>(tile, offset, i, j);
-    int const row = copy_row() + i, column = copy_column() + j;
     if constexpr (ALIGNED) {
-      if (row < rows && column < columns) {
+      if (i < rows && j < columns) {
         *reinterpret_cast<uint128_t*>(to) = *reinterpret_cast<uint128_t const*>(from);
       }
     } else {
       CUTE_UNROLL
       for (int n = 0; n < kVector; ++n) {
-        if (row < rows && column + n < columns) {
+        if (i < rows && j + n < columns) {
           to[n] = from[n];
         }
       }
@@ -241,29 +226,27 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
   constexpr int kRingK = BLOCK_M * HEADDIM;
   constexpr int kRingV = kRingK + STAGES * kTileKV;
 
-  // This thread's first vector of a tile. Those of K and V move on with every tile that is loaded.
-  int const copy_offset = SharedTile<BLOCK_M>{}(copy_row(), copy_column());
-  Element const* const from_q = q + batch * stride_qb + head * stride_qh +
-                                (start_m + copy_row()) * stride_qs + copy_column();
-  Element const* from_k = k + batch * stride_kb + head_k * stride_kh + copy_row() * stride_ks +
-                          copy_column();
-  Element const* from_v = v + batch * stride_vb + head_k * stride_vh + copy_row() * stride_vs +
-                          copy_column();
+  // This thread's first vector of a tile. k and v move on with every tile that is loaded.
+  int const copy_row = thread / kThreadsARow, copy_column = thread % kThreadsARow * kVector;
+  int const copy_offset = SharedTile<BLOCK_M>{}(copy_row, copy_column);
+  q += batch * stride_qb + head * stride_qh + (start_m + copy_row) * stride_qs + copy_column;
+  k += batch * stride_kb + head_k * stride_kh + copy_row * stride_ks + copy_column;
+  v += batch * stride_vb + head_k * stride_vh + copy_row * stride_vs + copy_column;
   // Every call is one group of copies, if only an empty one, so that counting groups tells which
   // tiles have arrived.
   auto issue_k = [&](int step) {
     if (step < steps) {
-      load_tile<BLOCK_N>(memory + kRingK + step % STAGES * kTileKV, copy_offset, from_k, stride_ks,
-                         seqlen_k - step * BLOCK_N, headdim, k);
-      from_k += BLOCK_N * stride_ks;
+      load_tile<BLOCK_N>(memory + kRingK + step % STAGES * kTileKV, copy_offset, k, stride_ks,
+                         seqlen_k - step * BLOCK_N - copy_row, headdim - copy_column);
+      k += BLOCK_N * stride_ks;
     }
     cp_async_fence();
   };
   auto issue_v = [&](int step) {
     if (step < steps) {
-      load_tile<BLOCK_N>(memory + kRingV + step % STAGES * kTileKV, copy_offset, from_v, stride_vs,
-                         seqlen_k - step * BLOCK_N, headdim_v, v);
-      from_v += BLOCK_N * stride_vs;
+      load_tile<BLOCK_N>(memory + kRingV + step % STAGES * kTileKV, copy_offset, v, stride_vs,
+                         seqlen_k - step * BLOCK_N - copy_row, headdim_v - copy_column);
+      v += BLOCK_N * stride_vs;
     }
     cp_async_fence();
   };
@@ -275,7 +258,8 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
     __syncthreads();
   };
 
-  load_tile<BLOCK_M>(memory, copy_offset, from_q, stride_qs, seqlen_q - start_m, headdim, q);
+  load_tile<BLOCK_M>(memory, copy_offset, q, stride_qs, seqlen_q - start_m - copy_row,
+                     headdim - copy_column);
   CUTE_UNROLL
   for (int step = 0; step < STAGES; ++step) {
     issue_k(step);
@@ -440,7 +424,8 @@ attention_forward(Element const* q, Element const* k, Element const* v, Element*
   }
   __syncthreads();
   int64_t const stride_os = nheads * headdim_v;
-  out += (int64_t(batch) * seqlen_q + start_m + copy_row()) * stride_os +
-         int64_t(head) * headdim_v + copy_column();
-  store_tile<BLOCK_M>(memory, copy_offset, out, stride_os, seqlen_q - start_m, headdim_v);
+  out += (int64_t(batch) * seqlen_q + start_m + copy_row) * stride_os +
+         int64_t(head) * headdim_v + copy_column;
+  store_tile<BLOCK_M>(memory, copy_offset, out, stride_os, seqlen_q - start_m - copy_row,
+                      headdim_v - copy_column);
 }

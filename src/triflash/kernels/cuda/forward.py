@@ -145,7 +145,7 @@ def _prepare(
 @lru_cache(maxsize=1024)
 def load_kernel(config: KernelConfig, device: int, arch: str) -> Any:
     """The kernel of `config`, compiled or read from the cache, ready to launch on `device`."""
-    cubin = load_cubin(_SOURCE, config.macros, arch)
+    cubin = load_cubin(_SOURCE, config.macros, arch, config.tiles.opt_level)
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
