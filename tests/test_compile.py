@@ -49,7 +49,7 @@ CALLS = {
 
 # A row that "auto" never picks is compiled for one target of a kind, and for the others where its
 # tiles need most shared memory: its kernels differ from v2's in the algorithm, not by target.
-ONE_OF_A_KIND = ("sm_80", "sm_89", "sm_90", "gfx942")
+ONE_OF_A_KIND = ("sm_80", "sm_90", "gfx942")
 LARGEST = ("bf16-256-causal-long", "fp32-128-tf32")
 
 

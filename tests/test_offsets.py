@@ -144,8 +144,8 @@ def test_more_than_2_31_elements_in_a_batch(implementation, device, one_at_a_tim
         batch=2**13 + 1, seqlen_q=128, seqlen_k=128, nheads=16, nheads_k=16, headdim=128,
         dtype=torch.bfloat16, causal=True,
     )  # fmt: skip
-    # v2_torch holds tiles of all heads at once.
-    _needs(110 if implementation == "v2_torch" else 48, device)
+    # v2_torch holds tiles of all heads at once, more than an H200 has.
+    _needs(160 if implementation == "v2_torch" else 48, device)
     skip_unsupported(whole, implementation, device)
     one = Case(**{**vars(whole), "batch": 1})
     inputs = make_inputs(one, device)
