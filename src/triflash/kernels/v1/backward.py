@@ -10,8 +10,8 @@ the result is bitwise the same in every run, for 7 matrix products instead of 5.
 FLOPs: 14 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: q, out and dout
 once for each block of keys; k and v once for each block of queries; dq, dk and dv once.
 No workspace.
-Measured (H200, fp16, docs/perf-log.md): 1.3 to 1.4 times v2's time at 512 and 1024, 1.6 to 1.8 at 2048
-and 4096, where v2 uses TMA.
+Measured (H200, fp16, docs/perf-log.md): 1.3 to 1.4 times v2's time at 512 and 1024, 1.7 to 1.8 at
+2048 and 4096, where v2 uses TMA.
 """
 
 from functools import lru_cache

@@ -10,9 +10,9 @@ FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Byte
 pass; dq's block is added to once for each block of keys, 4 * headdim bytes a row, in L2.
 Workspace: delta, float32 `(batch, nheads, seqlen_q)`, and dq's sums, float32 and of dq's size.
 Never to be run by an autotuner that repeats it without zeroing dq.
-Measured (H200, bf16, docs/perf-log.md): 1.1 to 1.3 times the time of v2's backward at d64, 1.4 to 1.6
-at d128, at every length from 256 to 16384: the additions cost more than two products. From run to run
-dq differs by at most one rounding, in 0.1 to 0.3% of its elements in fp16.
+Measured (H200, bf16, docs/perf-log.md): 1.1 to 1.3 times the time of v2's backward at d64, 1.4 to
+1.6 at d128, at every length from 256 to 16384: the additions cost more than two products. From run
+to run dq differs by at most one rounding, in 0.1 to 0.3% of its elements in fp16.
 """
 
 from functools import lru_cache
