@@ -118,6 +118,11 @@ def _runtime_cases() -> list[Case]:
     return [_case(b, s, 512 // d, d, "float16") for d, (b, s) in product((64, 128), sizes)]
 
 
+def _growing() -> list[Case]:
+    """One sequence of 1024 to 16384: is memory linear in it?"""
+    return [_case(1, 2**n, 8, 64, "float16") for n in range(10, 15)]
+
+
 def _paper() -> list[Cell]:
     cells = []
     for headdim, causal in product((64, 128, 256), (False, True)):
@@ -209,9 +214,9 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "memory",
-            "peak memory over the sizes of `runtime`, the workspace apart",
+            "peak memory, the workspace apart: the sizes of `runtime`, and one growing sequence",
             MEMORY,
-            lambda: [Cell(case, (FWD, BOTH)) for case in _runtime_cases()],
+            lambda: [Cell(case, (FWD, BOTH)) for case in _runtime_cases() + _growing()],
             lambda: ["naive", *_rows_but_reference(), "sdpa_flash", "sdpa_cudnn"],
             seeds="3.5, 2.4",
         ),

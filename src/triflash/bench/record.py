@@ -90,7 +90,7 @@ def load(paths: Iterable[Path]) -> list[Record]:
     Raises:
         ValueError: a file is no list of records.
     """
-    found: dict[tuple[Any, ...], Record] = {}
+    found: dict[Any, Record] = {}
     for path in paths:
         try:
             content = json.loads(path.read_text())
@@ -102,7 +102,8 @@ def load(paths: Iterable[Path]) -> list[Record]:
             missing = [f for f in IDENTITY if not isinstance(record, dict) or f not in record]
             if missing:
                 raise ValueError(f"{path} holds a record without {', '.join(missing)}")
-            found[key(record)] = {**dict.fromkeys(FIELDS), **record}
+            full = {**dict.fromkeys(FIELDS), **record}
+            found[key(full), full["gpu"]] = full
     return list(found.values())
 
 

@@ -408,21 +408,29 @@ def _runtime(records: list[Record]) -> list[Table]:
 
 
 def _memory(records: list[Record]) -> list[Table]:
+    """The document's grid of 16384 tokens, and one sequence that grows."""
     found = []
     for direction, mine in _by_direction(records):
-        index = ("head_dim", "batch", "seqlen_q")
-        what = "q, k, v, out and lse" if direction == "fwd" else (
-            "q, k, v, dout, out, lse, dq, dk and dv"
-        )  # fmt: skip
-        table = Pivot(mine, index).table(
-            f"{TITLES[direction]}: peak MiB, and how much of it is workspace; embedding 512, "
-            f"{constants(mine, ('batch', 'nheads', 'nheads_k'))}",
-            lambda r, cells: f"{r['peak_mib']:.2f} ({r['workspace_mib']:.2f})",
-            {"tensors alone": _tensors_alone},
-        )
-        table.notes.append(f"Tensors alone: {what}. Workspace is what is left of the peak.")
-        found.append(table)
+        grid = [r for r in mine if r["batch"] > 1]
+        growing = [r for r in mine if r["batch"] == 1]
+        for rows, index in ((grid, ("head_dim", "batch", "seqlen_q")), (growing, ("seqlen_q",))):
+            if rows:
+                found.append(_memory_table(rows, index, direction))
     return found
+
+
+def _memory_table(records: list[Record], index: tuple[str, ...], direction: str) -> Table:
+    what = (
+        "q, k, v, out and lse" if direction == "fwd" else "q, k, v, dout, out, lse, dq, dk and dv"
+    )
+    shared = constants(records, (*index, "nheads", "nheads_k", "seqlen_k"))
+    table = Pivot(records, index).table(
+        f"{TITLES[direction]}: peak MiB, and how much of it is workspace; embedding 512, {shared}",
+        lambda r, cells: f"{r['peak_mib']:.2f} ({r['workspace_mib']:.2f})",
+        {"tensors alone": _tensors_alone},
+    )
+    table.notes.append(f"Tensors alone: {what}. Workspace is what is left of the peak.")
+    return table
 
 
 def _tensors_alone(cells: dict[str, Record]) -> str:
