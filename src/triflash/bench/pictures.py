@@ -231,17 +231,17 @@ def _against_peers(records: Sequence[Record]) -> Figure | None:
         axes.bar_label(bars, [f"{v:.2f}" for v in values], fontsize="x-small", padding=2)
         axes.axhline(1, color="black", linewidth=1)
         axes.set_xticks(places, [str(key[3]) for key in keys], rotation=60, fontsize="x-small")
-        axes.set_title(TITLES[direction], loc="left", fontsize="medium")
-        axes.set_ylabel("times as fast")
+        axes.set_ylabel(f"{TITLES[direction].lower()}: times as fast")
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
-        axes.margins(y=0.18)
+        axes.margins(x=0.01, y=0.14)
+        axes.set_ylim(top=max(1.03, axes.get_ylim()[1]))
         for (headdim, causal), where_ in _panels(keys, places).items():
             axes.annotate(
                 f"d{headdim} {'causal' if causal else 'full'}",
                 (sum(where_) / len(where_), 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(0, -3), textcoords="offset points", ha="center", va="top",
+                xytext=(0, 3), textcoords="offset points", ha="center", va="bottom",
                 fontsize="small",
             )  # fmt: skip
     return figure
@@ -308,8 +308,8 @@ def _error(records: Sequence[Record]) -> Figure | None:
             if r["dtype"] == dtype and r[field]
         }
         _grouped_bars(axes, names, list(ERRORS.values()), values, numbers=False)
-        axes.set_yscale("log")
-        axes.set_title(dtype, loc="left", fontsize="medium")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.set_title(dtype, loc="left", fontsize="medium", pad=12)
         axes.set_ylabel("largest error")
     figure.legend(
         *grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False
@@ -350,7 +350,7 @@ def _roofline(records: Sequence[Record]) -> Figure | None:
     mine = [
         r
         for r in records
-        if r["preset"] in ("tflops", "paper", "latency")
+        if r["preset"] in ("tflops", "paper")
         and r["dtype"] in ("bfloat16", "float16")
         and r["direction"] == "fwd"
         and r["tflops"]
@@ -362,7 +362,7 @@ def _roofline(records: Sequence[Record]) -> Figure | None:
     figure = _figure("Roofline, forward, half precision", mine, (9.5, 5.6))
     axes = figure.subplots()
     xs = [records_of.flops(r) / _bytes(r) for r in mine]
-    low, high = min(20.0, *xs), 2 * max(xs)
+    low, high = min(40.0, *xs), 2 * max(xs)
     steps = [low * (high / low) ** (i / 200) for i in range(201)]
     roofs = [
         ("measured: copy and matmul", _best(mine, "copy_gbs"), _best(mine, "matmul_tflops"), "-")
@@ -370,10 +370,13 @@ def _roofline(records: Sequence[Record]) -> Figure | None:
     if mine[0]["peak_tflops"] and mine[0]["peak_gbs"]:
         peak = ("data sheet", mine[0]["peak_gbs"], mine[0]["peak_tflops"], "--")
         roofs.insert(0, peak)
+    lines: dict[str, Any] = {}
     for name, gbs, tflops, style in roofs:
         roof = [min(x * gbs / 1e3, tflops) for x in steps]
         text = f"{name} ({gbs / 1e3:.1f} TB/s, {tflops:.0f} TFLOP/s)"
-        axes.plot(steps, roof, color="black", linewidth=1.4, linestyle=style, label=text)
+        (line,) = axes.plot(steps, roof, color="black", linewidth=1.4, linestyle=style)
+        lines[text] = line
+    axes.add_artist(axes.legend(list(lines.values()), list(lines), loc="lower right"))
     for name in ordered(r["contestant"] for r in mine):
         points = [
             (x, r["tflops"]) for x, r in zip(xs, mine, strict=True) if r["contestant"] == name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from triflash.bench.record import Record
 if TYPE_CHECKING:
     from triflash.bench.tables import Table
 
-# Between these, documents hold what the report wrote; NAME is a preset or `claims`.
+# Between these, documents hold what the report wrote; NAME is a preset, `claims` or `pictures`.
 MARKERS = re.compile(
     r"(<!-- bench:(?P<name>[\w-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL
 )
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     for path in [*made, page]:
         print(path)
     for path in args.documents:
-        if rewrite(path, records):
+        if rewrite(path, records, made):
             print(path)
     return 0
 
@@ -75,12 +76,18 @@ def one_gpu(records: Sequence[Record]) -> None:
         raise ValueError(f"the files are of several GPUs, report one at a time: {', '.join(gpus)}")
 
 
-def rewrite(path: Path, records: Sequence[Record]) -> bool:
-    """Put fresh tables between the document's markers; those without records stay as they are."""
+def rewrite(path: Path, records: Sequence[Record], images: Sequence[Path] = ()) -> bool:
+    """Put fresh tables between the document's markers; those without records stay as they are.
+
+    Between those of `pictures` go links to `images`.
+    """
     before = path.read_text(encoding="utf-8")
 
     def fresh(match: re.Match[str]) -> str:
-        text = section(match["name"], records)
+        if match["name"] == "pictures":
+            text: str | None = _links(images, path.parent) or None
+        else:
+            text = section(match["name"], records)
         return match[0] if text is None else f"{match[1]}{text}\n{match[3]}"
 
     after = MARKERS.sub(fresh, before)
@@ -100,6 +107,13 @@ def section(name: str, records: Sequence[Record]) -> str | None:
         return None
     parts = [table.markdown() for table in tables.tables(mine)]
     return "\n\n".join([*parts, f"Measured on {tables.where(mine)}."])
+
+
+def _links(images: Sequence[Path], folder: Path) -> str:
+    return "\n\n".join(
+        f"![{image.stem.replace('_', ' ')}]({Path(os.path.relpath(image, folder)).as_posix()})"
+        for image in images
+    )
 
 
 _STYLE = """
