@@ -323,7 +323,8 @@ CONTESTANTS: tuple[Contestant, ...] = (
         "flash_attn_interface", "flash-attn-3",
     ),
     _dao(
-        "fa3_fwd", "FlashAttention-3", "FlashAttention-3 as the forward-only wheel fa3-fwd",
+        "fa3_fwd",
+        "FlashAttention-3 (fa3-fwd)", "FlashAttention-3 as the forward-only wheel fa3-fwd",
         "fa3_fwd_interface", "fa3-fwd", backward=False,
     ),
     _dao(

@@ -17,7 +17,8 @@ from triflash.bench.record import Record
 if TYPE_CHECKING:
     from triflash.bench.tables import Table
 
-# Between these, documents hold what the report wrote; NAME is a preset, `claims` or `pictures`.
+# Between these, documents hold what the report wrote; NAME is a preset, claims, pictures, or
+# picture-NAME.
 MARKERS = re.compile(
     r"(<!-- bench:(?P<name>[\w-]+):begin -->\n).*?(<!-- bench:(?P=name):end -->)", re.DOTALL
 )
@@ -79,13 +80,15 @@ def one_gpu(records: Sequence[Record]) -> None:
 def rewrite(path: Path, records: Sequence[Record], images: Sequence[Path] = ()) -> bool:
     """Put fresh tables between the document's markers; those without records stay as they are.
 
-    Between those of `pictures` go links to `images`.
+    Between those of `pictures` go links to all `images`, of `picture-NAME` to that one.
     """
     before = path.read_text(encoding="utf-8")
 
     def fresh(match: re.Match[str]) -> str:
-        if match["name"] == "pictures":
-            text: str | None = _links(images, path.parent) or None
+        kind, _, wanted = match["name"].partition("-")
+        if kind in ("pictures", "picture"):
+            chosen = [image for image in images if not wanted or image.stem == wanted]
+            text: str | None = _links(chosen, path.parent) or None
         else:
             text = section(match["name"], records)
         return match[0] if text is None else f"{match[1]}{text}\n{match[3]}"

@@ -122,10 +122,10 @@ def run(
     Args:
         preset: a name of `PRESETS`, or a `cases.Preset` of your own.
         contestants: names of `CONTESTANTS`; by default those that the preset compares.
-        device: by default a GPU if there is one. Without one the sizes become tiny, and the times
-            mean nothing.
+        device: by default a GPU if there is one. Without one a preset's sizes become tiny, and the
+            times mean nothing.
         plan: how long to measure a contestant, by default as the preset says.
-        cells: measure these instead of the preset's.
+        cells: measure these instead of the preset's, at their own sizes.
 
     Raises:
         ValueError: the preset or a contestant is not known; the message lists those that are.
@@ -140,7 +140,7 @@ def run(
     if cells is not None:
         wanted = list(cells)
         preset = replace(preset, cells=lambda: wanted)
-    for job in jobs([preset], contestants, session.device):
+    for job in jobs([preset], contestants, session.device, shrink=cells is None):
         with device_context(session.device):
             measure_job(job, session)
     return session.records

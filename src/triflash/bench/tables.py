@@ -195,7 +195,7 @@ def number(value: float) -> str:
         return f"{value:.0f}"
     if value >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+    return f"{value:.2f}" if value >= 1 else f"{value:#.3g}"
 
 
 def _by_direction(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
@@ -265,8 +265,8 @@ def _paper(records: list[Record]) -> list[Table]:
         if ratios:
             table.notes.insert(
                 0,
-                f"Our fastest has {geometric_mean(ratios):.2f} times the speed of the fastest "
-                f"peer (geometric mean of {len(ratios)} cells, {min(ratios):.2f} to "
+                f"Our fastest has {geometric_mean(ratios):.2f} times the speed of the fastest peer "
+                f"in the table (geometric mean of {len(ratios)} cells, {min(ratios):.2f} to "
                 f"{max(ratios):.2f}).",
             )
         table.notes += _spread_note(mine)
@@ -305,7 +305,7 @@ def _tflops_table(records: list[Record], tokens: int, direction: str) -> Table:
 
     table = pivot.table(f"{TITLES[direction]}: TFLOP/s, {shared}, {tokens} tokens", value)
     if peak:
-        source = machine.peak_source(str(records[0]["gpu"]))
+        source = machine.peak_source(str(records[0]["gpu"])) or "source unknown"
         table.notes.append(f"First percentage: of the peak, {peak:g} TFLOP/s ({source}).")
     if matmul:
         table.notes.append(
