@@ -328,8 +328,13 @@ def _work(left: list[Job], session: Session, console: Console) -> int:
             task = progress.add_task("", total=sum(job.units for job in left))
             session.tick = lambda units: progress.advance(task, units)
             session.say = lambda text: progress.update(task, description=text)
-            for job in left:
+            for index, job in enumerate(left, 1):
+                start = time.perf_counter()
                 runner.measure_job(job, session)
+                if not console.is_terminal:  # where there is no bar
+                    took = time.perf_counter() - start
+                    name = f"{job.preset.name}: {job.cell.case}"
+                    console.print(f"{index} of {len(left)}: {name}, {took:.1f} s")
     except runner.OutOfTime:
         console.print("The time limit came before the end; the same command goes on from there.")
         return 0
@@ -375,6 +380,8 @@ def _print_rich(records: list[Record]) -> None:
         return re.sub(r"\*\*(.+?)\*\*", r"[bold green]\1[/]", escape(text))
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file has room
+        console.width = 240
     for table in tables.tables(records):
         grid = Table(box=box.SIMPLE_HEAD, title=escape(table.title), title_justify="left")
         for index, column in enumerate(table.columns):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,6 @@ def total_memory(device: torch.device) -> int:
     """Bytes that the device has."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -147,7 +147,7 @@ class Sampler:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._command = _smi(device, "clocks.sm,power.draw")
+        self._command = _smi(device, "timestamp,clocks.sm,power.draw")
         self._process: subprocess.Popen[str] | None = None
         self._samples: list[tuple[float, float | None, float | None]] = []
 
@@ -169,11 +169,16 @@ class Sampler:
         assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            clock, _, power = line.partition(",")
-            self._samples.append((time.monotonic(), _number(clock), _number(power)))
+            moment, _, values = line.partition(",")
+            clock, _, power = values.partition(",")
+            try:  # the pipe may lag behind
+                when = datetime.strptime(moment.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp()
+            except ValueError:
+                when = time.time()
+            self._samples.append((when, _number(clock), _number(power)))
 
     def since(self, start: float) -> tuple[float | None, float | None]:
-        """Median SM clock in MHz and power in W since time.monotonic() was `start`."""
+        """Median SM clock in MHz and power in W since time.time() was `start`."""
         recent = [sample for sample in self._samples if sample[0] >= start]
         clocks = [clock for _, clock, _ in recent if clock is not None]
         powers = [power for _, _, power in recent if power is not None]

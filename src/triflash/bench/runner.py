@@ -15,7 +15,7 @@ from triflash import testing
 from triflash.bench import cases, contestants, machine, measure, record
 from triflash.bench.cases import Cell, Plan, Preset
 from triflash.bench.contestants import Bound, Contestant
-from triflash.bench.oracle import Errors, Oracle, checkable
+from triflash.bench.oracle import MOST_SCORES, Errors, Oracle, checkable
 from triflash.bench.record import Record
 from triflash.target import target_of
 from triflash.testing import Case, Inputs
@@ -362,7 +362,7 @@ def _time(
     ceilings = session.ceilings(job.cell.case, plan) if timed else {}
     sampler = machine.Sampler(session.device) if plan.mode == "sustained" else nullcontext()
     with sampler as samples:
-        start = time.monotonic()
+        start = time.time()
         times = _survivors(timed, failed, plan, job, session, tick)
         clock, power = samples.since(start) if samples is not None else (None, None)
     for name, rounds in times.items():
@@ -505,8 +505,7 @@ def estimate_s(work: list[Job], session: Session) -> float:
     for job in work:
         plan = session.plan_of(job.preset)
         case = job.cell.case
-        scale = case.seqlen_q * case.seqlen_k / MOST
-        total += 0.3 + 2.0 * scale  # the oracle
+        total += 0.3 + 2.0 * case.seqlen_q * case.seqlen_k / MOST_SCORES  # the oracle
         for name in job.names:
             contestant = contestants.get(name)
             if contestants.refusal(contestant, case, session.device) is not None:
@@ -522,9 +521,6 @@ def estimate_s(work: list[Job], session: Session) -> float:
                     total += (plan.rounds * plan.round_ms + plan.settle_ms) / 1e3 + 0.03
                 total += 0.05
     return total
-
-
-MOST = float(2**28)
 
 
 def expected_not_to_fit(work: list[Job], device: torch.device) -> list[str]:
