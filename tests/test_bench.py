@@ -179,10 +179,27 @@ def test_wrong_gradients_are_found(add):
             return 2 * grad
 
     name = add("off", lambda case, inputs: naive(case, inputs, Doubled.apply))
-    (found,) = run([name], ["bwd"])
-    assert "wrong: d" in found["reason"]
-    (found,) = run([name], ["fwd"])
-    assert found["reason"] is None
+    forward, backward, both = run([name])
+    assert "wrong: d" in backward["reason"]
+    assert "wrong: d" in both["reason"]
+    assert forward["reason"] is None
+    assert forward["ms_median"] > 0
+
+
+def test_a_backward_that_does_not_fit_leaves_the_forward(add):
+    class Large(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB. ")
+
+    name = add("large", lambda case, inputs: naive(case, inputs, Large.apply))
+    forward, backward = run([name], ["fwd", "bwd"])
+    assert forward["ms_median"] > 0
+    assert backward["reason"] == "out of memory (asked for 9 GiB)."
 
 
 @pytest.mark.parametrize("place", [(0, 0), (-1, -1)])
@@ -221,13 +238,13 @@ def test_failures_are_shown_and_stop_nobody(add, error, reason):
 def test_running_out_of_memory_while_being_timed(add):
     calls = []
 
-    def third(out):
+    def fourth(out):
         calls.append(0)
-        if len(calls) > 2:
+        if len(calls) > 3:
             raise torch.OutOfMemoryError("Tried to allocate 1 GiB. ")
         return out
 
-    name = add("grows", lambda case, inputs: naive(case, inputs, third))
+    name = add("grows", lambda case, inputs: naive(case, inputs, fourth))
     grown, kept = run([name, "naive"], ["fwd"])
     assert grown["reason"] == "out of memory (asked for 1 GiB)."
     assert kept["ms_median"] > 0

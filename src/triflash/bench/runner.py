@@ -131,9 +131,9 @@ def run(
         ValueError: the preset or a contestant is not known; the message lists those that are.
     """
     if isinstance(preset, str):
-        if preset not in cases_of():
-            raise ValueError(f"preset must be one of {', '.join(cases_of())}, got {preset!r}")
-        preset = cases_of()[preset]
+        if preset not in cases.PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(cases.PRESETS)}, got {preset!r}")
+        preset = cases.PRESETS[preset]
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     session = Session(torch.device(device), lambda preset: plan or preset.plan)
@@ -144,10 +144,6 @@ def run(
         with device_context(session.device):
             measure_job(job, session)
     return session.records
-
-
-def cases_of() -> dict[str, Preset]:
-    return cases.PRESETS
 
 
 def jobs(
@@ -249,11 +245,16 @@ def measure_job(job: Job, session: Session) -> None:
 
 @dataclass
 class _Checked:
-    """A contestant that works; bound once a cell, because some compile for each binding."""
+    """A contestant that ran; bound once a cell, because some compile for each binding.
+
+    `errors` and `reasons` tell for the forward alone (False) and with backward (True) how right it
+    was and why it may not be timed.
+    """
 
     contestant: Contestant
     bound: Bound
-    errors: Errors
+    errors: dict[bool, Errors] = field(default_factory=dict)
+    reasons: dict[bool, str] = field(default_factory=dict)
 
 
 def _check(
@@ -263,27 +264,37 @@ def _check(
     inputs: Inputs,
     session: Session,
 ) -> dict[str, _Checked]:
-    """Hold every contestant against float64; who is wrong or fails gets a reason in `refused`."""
+    """Hold every contestant against float64; who cannot even be bound is added to `refused`."""
     if not runnable:
         return {}
     case = checkable(job.cell.case)
     whole = "error" in job.preset.measures
     small = inputs if case == job.cell.case else testing.make_inputs(case, session.device)
     oracle = Oracle(case, small, whole)
+    wanted = dict.fromkeys(direction != "fwd" for direction in job.cell.directions)
     checked = {}
     for contestant in runnable:
         session.say(f"{job.preset.name}: {job.cell.case}: checking {contestant.name}")
-        backward = contestant.backward and (
-            whole or any(direction != "fwd" for direction in job.cell.directions)
-        )
-        with _failures(contestant.name, refused, job, session):
+        name = contestant.name
+        with _failures(name, refused, job, session):
             bound = contestant.bind(case, small)
-            errors = oracle.judge(bound, backward)
+            check = _Checked(contestant, bound)
+            for backward in wanted:
+                failures: dict[str, str] = {}
+                if backward and not contestant.backward and not whole:
+                    check.reasons[backward] = f"{contestant.label} has no backward here."
+                    continue
+                # One whose backward is wrong, or does not fit, may still have a forward.
+                with _failures(name, failures, job, session):
+                    errors = oracle.judge(bound, backward and contestant.backward)
+                    check.errors[backward] = errors
+                    if errors.wrong is not None and not whole:
+                        check.reasons[backward] = errors.wrong
+                if name in failures:
+                    check.reasons[backward] = failures[name]
             if small is not inputs:
-                bound = contestant.bind(job.cell.case, inputs)
-            checked[contestant.name] = _Checked(contestant, bound, errors)
-            if errors.wrong is not None and not whole:
-                refused[contestant.name] = errors.wrong
+                check.bound = contestant.bind(job.cell.case, inputs)
+            checked[name] = check
     return checked
 
 
@@ -296,15 +307,15 @@ def _measure_direction(
     session: Session,
 ) -> None:
     measures = job.preset.measures
+    backward = direction != "fwd"
     failed = dict(refused)
-    if "error" not in measures and direction != "fwd":
-        for name, check in checked.items():
-            if not check.contestant.backward:
-                failed.setdefault(name, f"{check.contestant.label} has no backward here.")
+    for name, check in checked.items():
+        if backward in check.reasons:
+            failed[name] = check.reasons[backward]
     results: dict[str, dict[str, Any]] = {name: {} for name in job.names}
     alive = {name: check for name, check in checked.items() if name not in failed}
     for name, check in alive.items():
-        results[name] = _error_fields(check.errors)
+        results[name] = _error_fields(check.errors[backward])
     if "memory" in measures:
         _memory(job, direction, alive, failed, results, session)
     timed: dict[str, measure.Timed] = {}
