@@ -786,7 +786,7 @@ def test_the_notebook(tmp_path):
 # Who needs what
 
 
-def test_measuring_needs_no_extra():
+def test_measuring_needs_no_extra(tmp_path):
     """Without matplotlib, pandas and the like everything but reports works, and they say so."""
     code = (
         "import sys\n"
@@ -804,14 +804,10 @@ def test_measuring_needs_no_extra():
         "except SystemExit as end: assert end.code == 2\n"
         "else: raise SystemExit('a report without matplotlib')\n"
     )
-    file = ROOT / "out" / f"test-{os.getpid()}.json"
-    try:
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=300,
-            env={**os.environ, "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0")},
-        )  # fmt: skip
-    finally:
-        file.unlink(missing_ok=True)
+    file = tmp_path / "out.json"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "pip install triflash[bench]" in result.stderr
 
