@@ -137,6 +137,11 @@ def _overhead() -> list[Cell]:
     return [Cell(_case(1, 128, 8, 64), (FWD, BWD, BOTH))]
 
 
+def _rows(*names: str) -> list[str]:
+    """Those of the names that the registry has."""
+    return [name for name in names if name in contestants.ours()]
+
+
 def _rows_but_reference() -> list[str]:
     return [name for name in contestants.ours() if name != "reference"]
 
@@ -156,7 +161,7 @@ PRESETS: dict[str, Preset] = {
             TIME,
             _backward_step,
             lambda: [
-                "v2_torch",
+                *_rows("v2_torch"),
                 *contestants.first_choice(),
                 "naive",
                 "sdpa_flash",
@@ -172,7 +177,7 @@ PRESETS: dict[str, Preset] = {
             _tflops,
             lambda: [
                 *contestants.first_choice(),
-                "v1",
+                *_rows("v1"),
                 "naive",
                 "sdpa_flash",
                 "sdpa_cudnn",
@@ -203,9 +208,7 @@ PRESETS: dict[str, Preset] = {
             lambda: [Cell(case, (FWD,)) for case in _runtime_cases()],
             lambda: [
                 "naive",
-                "cuda_v1",
-                "v1",
-                "v1_paper",
+                *_rows("cuda_v1", "v1", "v1_paper"),
                 *contestants.first_choice(),
                 "sdpa_flash",
                 "sdpa_cudnn",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from triflash.bench.contestants import first_choice
 from triflash.bench.record import Record
-from triflash.bench.tables import Table, geometric_mean, number
+from triflash.bench.tables import Table, geometric_mean, label, number, ordered
 
 MISSING = "not measured yet"
 
@@ -212,7 +212,10 @@ def _paper(direction: str) -> Callable[[Sequence[Record]], str | None]:
             for times in cells.values()
             if peers & times.keys() and times.keys() - peers
         ]
-        return f"{geometric_mean(ratios):.2f}x ({_range(ratios)})" if ratios else None
+        if not ratios:
+            return None
+        among = ", ".join(label(name) for name in ordered(peers))
+        return f"{geometric_mean(ratios):.2f}x ({_range(ratios)}); the best of {among}"
 
     return ours
 
