@@ -15,11 +15,13 @@ PY = $(VENV)/bin/python
 SETUP = $(VENV)/.triflash-is-installed
 endif
 
-.PHONY: help demo test lint types format setup clean distclean
+.PHONY: help demo test bench bench-runtime bench-memory lint types format setup clean distclean
 
 help:
 	@echo "make demo      train a tiny GPT through triflash and through PyTorch, and compare"
 	@echo "make test      run the tests (ARGS='-k causal' to choose, WORKERS=1 for one process)"
+	@echo "make bench     measure all presets into out/bench, and make the report there"
+	@echo "make bench-runtime, make bench-memory   one table each (ARGS=--markdown)"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make types     mypy"
 	@echo "make format    let ruff rewrite the files"
@@ -31,6 +33,17 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+# What is measured already is not measured again, so this can be interrupted; `make clean` forgets.
+bench: $(SETUP)
+	$(PY) -m triflash bench all --output out/bench/results.json $(ARGS)
+	$(PY) -m triflash bench report out/bench/results.json --output-dir out/bench
+
+bench-runtime: $(SETUP)
+	$(PY) -m triflash bench runtime $(ARGS)
+
+bench-memory: $(SETUP)
+	$(PY) -m triflash bench memory $(ARGS)
 
 lint: $(SETUP)
 	$(PY) -m ruff check

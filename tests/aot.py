@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +58,7 @@ class Compiled:
     shared: int
     registers: int = 0
     spills: int = 0
+    overwritten: list[str] = field(default_factory=list)
     asm: Any = None
 
 
@@ -151,6 +153,7 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     result = Compiled(kernel.__name__, launch.config, compiled.metadata.shared, asm=compiled.asm)
+    result.overwritten = overwritten_too_early(compiled.asm["ttgir"], launch.config.num_stages)
     if target.backend == "cuda":
         result.registers, result.spills = resources(compiled.asm["cubin"])
     return result
@@ -171,6 +174,56 @@ def compile_call(name: str, with_ptx: bool = False, **call: Any) -> list[Compile
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+_RING = re.compile(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x")
+_VIEW = re.compile(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)")
+_WAIT = re.compile(r"ttng\.warp_group_dot_wait .*\{pendings = (\d+)")
+_PRODUCT = re.compile(r"ttng\.warp_group_dot (%\w+)(?:#\d+)?, (%\w+)(?:#\d+)?, ")
+_COPY = re.compile(r"async_(?:copy_global_to_local %[\w#]+, |tma_copy_global_to_local .*\] )(%\w+)")
+
+
+def overwritten_too_early(ttgir: str, num_stages: int) -> list[str]:
+    """Copies into shared memory that an asynchronous product may still be reading.
+
+    Triton 3.6 gives a tile one buffer less if not only Hopper's products read it, and yet lets them
+    run on while the next tile is copied: results then differ from run to run (ADR 0008). A copy
+    made `num_stages - 1` steps ahead, into a ring of n buffers, replaces what was read
+    n - (num_stages - 1) steps ago.
+    """
+    found = []
+    lines = ttgir.splitlines()
+    buffers = {m[1]: int(m[2]) for m in _RING.finditer(ttgir)}
+    for start, line in enumerate(lines):
+        if "scf.for" not in line:
+            continue
+        body = _indented(lines, start)
+        ring: dict[str, str] = {}  # that a view is of
+        for text in (*lines[:start], *body):
+            if m := _VIEW.search(text):
+                ring[m[1]] = ring.get(m[2], m[2])
+        running: list[tuple[int, set[str]]] = []  # products: step, and rings that they read
+        for step in range(2):
+            for text in body:
+                if m := _WAIT.search(text):
+                    running = running[max(0, len(running) - int(m[1])) :]
+                elif m := _PRODUCT.search(text):
+                    running.append((step, {ring.get(name, name) for name in m.groups()}))
+                elif m := _COPY.search(text):
+                    target = ring.get(m[1], m[1])
+                    age = buffers.get(target, 1) - (num_stages - 1)
+                    if any(target in read and at <= step - age for at, read in running):
+                        found.append(text.strip())
+    return found
+
+
+def _indented(lines: list[str], start: int) -> list[str]:
+    """The lines after `start` that are indented more than it."""
+
+    def depth(line: str) -> int:
+        return len(line) - len(line.lstrip())
+
+    return list(takewhile(lambda line: depth(line) > depth(lines[start]), lines[start + 1 :]))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -29,6 +29,33 @@ settings.register_profile("long", settings.get_profile("triflash"), max_examples
 settings.load_profile("triflash")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="without a GPU too, run every test of every row"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, one in four of the shared tests for each row that "auto" never picks.
+
+    The interpreter takes five minutes a row for all of them. Each row gets another quarter.
+    """
+    from triflash import registry
+
+    named = any("::" in argument for argument in config.args)
+    if GPU or named or config.getoption("--thorough"):
+        return
+    rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
+    seen = dict.fromkeys(rows, 0)
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
+        if row in seen and item.path.stem not in ("test_ladder", "test_compile"):
+            seen[row] += 1
+            if (seen[row] + rows.index(row)) % 4:
+                reason = "without a GPU one in four of the ladder's tests; --thorough runs all"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
     for ours in (  # of Triton's interpreter, one for every program of every kernel

@@ -17,6 +17,7 @@ GPU = torch.cuda.is_available()
 ROWS = registry.implementations()
 DIFFERENTIABLE = [row.name for row in registry.IMPLEMENTATIONS if row.backward is not None]
 KERNEL_ROWS = [row.name for row in registry.IMPLEMENTATIONS if row.needs_kernels]
+TRITON_ROWS = [name for name in KERNEL_ROWS if not registry.get(name).nvidia_only]
 # The interpreter's tl.dot is wrong for bfloat16, and the registry says so.
 KERNEL_DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if GPU else [])]
 LOW_PRECISION = torch.bfloat16 if GPU else torch.float16
@@ -24,6 +25,7 @@ LOW_PRECISION = torch.bfloat16 if GPU else torch.float16
 every_row = pytest.mark.parametrize("implementation", ROWS)
 every_differentiable_row = pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 every_kernel_row = pytest.mark.parametrize("implementation", KERNEL_ROWS)
+every_triton_row = pytest.mark.parametrize("implementation", TRITON_ROWS)
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda t: str(t)[6:])
 both_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
@@ -60,6 +62,20 @@ def assert_bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
     for name in a:
         same = torch.equal(_bits(a[name]), _bits(b[name]))
         assert same, f"{name} differs in {int((_bits(a[name]) != _bits(b[name])).sum())} elements"
+
+
+def assert_repeated(
+    implementation: str,
+    case: Case,
+    inputs: testing.Inputs,
+    first: dict[str, torch.Tensor],
+    again: dict[str, torch.Tensor],
+) -> None:
+    """Bitwise equal, but dq of a row that adds to it in any order only within the budget."""
+    if not registry.get(implementation).deterministic:
+        assert_within_budget(case, testing.compare(case, inputs, {"dq": again["dq"]}))
+        first, again = ({n: t for n, t in some.items() if n != "dq"} for some in (first, again))
+    assert_bitwise_equal(first, again)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

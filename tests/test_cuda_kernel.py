@@ -49,10 +49,12 @@ COMPILED = [
 @pytest.mark.parametrize(("arch", "headdim", "dtype", "aligned"), COMPILED, ids=str)
 def test_compiles_without_spills_to_tensor_cores(arch, headdim, dtype, aligned):
     chosen = config(arch, headdim, dtype=dtype, aligned=aligned)
-    cubin = cuda_compile.load_cubin(cuda_forward._SOURCE, chosen.macros, arch)
+    cubin = cuda_compile.load_cubin(
+        cuda_forward._SOURCE, chosen.macros, arch, chosen.tiles.opt_level
+    )
     registers, stack = aot.resources(cubin)
-    threads = 32 * chosen.num_warps
-    assert registers * threads * chosen.min_blocks <= 65536
+    threads = 32 * chosen.tiles.num_warps
+    assert registers * threads * chosen.tiles.min_blocks <= 65536
     assert stack == 0, f"{chosen} spills {stack} bytes a thread"
     sass = aot.sass(cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
@@ -72,10 +74,10 @@ def test_every_configuration_fits_shared_memory(arch, aligned):
         chosen = config(arch, headdim, 257 - headdim, aligned=aligned)
         assert chosen.width >= max(headdim, 257 - headdim)
         assert chosen.shared_bytes <= aot.TARGETS[arch][2]
-        assert chosen.block_m % (16 * chosen.num_warps) == 0
+        assert chosen.tiles.block_m % (16 * chosen.tiles.num_warps) == 0
         vectors_a_row = (64 if chosen.width % 64 == 0 else 32) // 8
-        for rows in (chosen.block_m, chosen.block_n):
-            assert rows % (32 * chosen.num_warps // vectors_a_row) == 0
+        for rows in (chosen.tiles.block_m, chosen.tiles.block_n):
+            assert rows % (32 * chosen.tiles.num_warps // vectors_a_row) == 0
 
 
 def test_the_launch_passes_what_the_kernel_takes():
@@ -150,7 +152,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and a compiler that only counts."""
     compiled: list[tuple] = []
 
-    def compile_cubin(code, macros, arch):
+    def compile_cubin(code, macros, arch, opt_level):
         compiled.append((code, macros, arch))
         return f"{len(compiled)}".encode()
 
@@ -177,11 +179,12 @@ def test_the_cache_knows_what_decides_the_code(cache, monkeypatch):
     cuda_compile.load_cubin(source, a, "sm_90")
     cuda_compile.load_cubin(source, b, "sm_90")
     cuda_compile.load_cubin(source, a, "sm_80")
+    cuda_compile.load_cubin(source, a, "sm_90", 1)
     source.write_text("second")
     cuda_compile.load_cubin(source, a, "sm_90")
     monkeypatch.setattr(cuda_compile, "_toolchain", lambda: ("13.1",))
     cuda_compile.load_cubin(source, a, "sm_90")
-    assert len(compiled) == 5
+    assert len(compiled) == 6
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: d + b"x"])

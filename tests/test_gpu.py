@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from helpers import (
-    assert_bitwise_equal,
+    assert_repeated,
     assert_within_budget,
     both_causal,
     check,
@@ -51,7 +51,7 @@ def test_side_stream(implementation, device):
             getattr(late, name).copy_(tensor)
         got = run_case(CASE, late, implementation)
     stream.synchronize()
-    assert_bitwise_equal(expected, got)
+    assert_repeated(implementation, CASE, inputs, expected, got)
 
 
 @every_kernel_row
@@ -66,7 +66,7 @@ def test_memory_reused_while_a_kernel_runs(implementation, device):
     del copies
     filler = [torch.full_like(inputs.q, float("nan")) for _ in range(16)]
     torch.cuda.synchronize()
-    assert_bitwise_equal(expected, got)
+    assert_repeated(implementation, CASE, inputs, expected, got)
     del filler
 
 
@@ -122,7 +122,8 @@ def test_cuda_graph(implementation, causal, device):
                 getattr(static, name).copy_(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        assert_bitwise_equal(run_case(case, fresh, implementation), captured)
+        expected = run_case(case, fresh, implementation)
+        assert_repeated(implementation, case, fresh, expected, captured)
 
 
 @every_kernel_row
@@ -291,13 +292,15 @@ def test_compute_sanitizer(implementation, tool, device):
     code = (
         "import torch\n"
         "from triflash.testing import *\n"
-        "for headdim in (40, 128):\n"
+        "for headdim in (33, 40, 128):\n"
         "    case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=headdim, causal=True)\n"
         f"    run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        # cuda-bindings asks the driver for functions that it does not have, which is no error.
+        [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9",
+         sys.executable, "-c", code],
         # The caching allocator would hide what lies past a tensor.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True, text=True, timeout=540,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -12,12 +13,14 @@ from helpers import (
     KERNEL_ROWS,
     LOW_PRECISION,
     assert_bitwise_equal,
+    assert_repeated,
     assert_within_budget,
     both_causal,
     check,
     every_differentiable_row,
     every_kernel_row,
     every_row,
+    every_triton_row,
     results,
     skip_unsupported,
 )
@@ -45,11 +48,13 @@ def test_layouts(implementation, use_tma, layout, headdim, device, tuned):
     check(_with(SMALL, layout=layout, headdim=headdim), implementation, device)
 
 
-@every_kernel_row
+@every_triton_row
 def test_tma_is_used_where_it_is_asked_for_and_can_be(implementation, device, tuned, monkeypatch):
     """Else the tests above would test pointers twice."""
     from triflash.kernels.common import launch
 
+    if implementation.startswith("v1"):
+        pytest.skip(f"{implementation} loads by pointers on every GPU")
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         pytest.skip("this GPU has no TMA")
     made: list[object] = []
@@ -83,10 +88,9 @@ def test_junk_strides_of_single_entries(implementation, use_tma, device, tuned):
             headdim=16, dtype=LOW_PRECISION, with_dlse=True,
         )  # fmt: skip
         check(_with(case, layout="junk_strides"), implementation, device)
-        assert_bitwise_equal(
-            results(case, implementation, device),
-            results(_with(case, layout="junk_strides"), implementation, device),
-        )
+        junk = results(_with(case, layout="junk_strides"), implementation, device)
+        plain = results(case, implementation, device)
+        assert_repeated(implementation, case, make_inputs(case, device), plain, junk)
 
 
 @every_row
@@ -105,7 +109,8 @@ def test_misaligned_bases(implementation, use_tma, device, tuned):
         got = run_case(case, _replaced(inputs, name, moved), implementation)
         assert_within_budget(case, testing.compare(case, inputs, got))
     # The tensors that lie as before must not be affected by launches prepared for the others.
-    assert_bitwise_equal(expected, run_case(case, inputs, implementation))
+    again = run_case(case, inputs, implementation)
+    assert_repeated(implementation, case, inputs, expected, again)
 
 
 def _replaced(inputs: Inputs, name: str, tensor: torch.Tensor) -> Inputs:
@@ -131,9 +136,8 @@ def test_nothing_beyond_the_tensors_is_read(
         return run_case(case, Inputs(*around, plain.dlse), implementation)
 
     quiet = surrounded_by(0.0)
-    assert_bitwise_equal(quiet, surrounded_by(float("nan")))
-    assert_bitwise_equal(quiet, surrounded_by(1e4))
-    assert_bitwise_equal(quiet, surrounded_by(float("inf")))
+    for fill in (float("nan"), 1e4, float("inf")):
+        assert_repeated(implementation, case, plain, quiet, surrounded_by(fill))
 
 
 @every_kernel_row
@@ -162,9 +166,17 @@ def test_nothing_is_written_beyond_the_outputs(
     def new_empty(x, *size, dtype=None, **_):
         return empty(*size, dtype=dtype or x.dtype, device=x.device)
 
+    def new_zeros(x, *size, **options):
+        return new_empty(x, *size, **options).zero_()
+
+    def full_like(x, fill, **options):
+        return empty_like(x, **options).fill_(fill)
+
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch, "full_like", full_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
     got = run_case(case, inputs, implementation)
     monkeypatch.undo()
     assert len(buffers) >= len(got)
@@ -272,8 +284,8 @@ def test_gradients_of_some_inputs(implementation, wanted, device):
     grads = torch.autograd.grad(
         (out, lse), [tensors[n] for n in wanted], (inputs.dout, inputs.dlse)
     )
-    for name, grad in zip(wanted, grads, strict=True):
-        assert torch.equal(grad, everything[f"d{name}"])
+    got = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    assert_repeated(implementation, case, inputs, everything, everything | got)
 
 
 @every_row
@@ -298,8 +310,8 @@ def test_backward_twice_over_one_graph(implementation, device):
     out = attention(q, k, v, causal=True, implementation=implementation)
     first = torch.autograd.grad(out, (q, k, v), inputs.dout, retain_graph=True)
     second = torch.autograd.grad(out, (q, k, v), inputs.dout)
-    deterministic = dict(zip("qkv", first, strict=True))
-    assert_bitwise_equal(deterministic, dict(zip("qkv", second, strict=True)))
+    first, second = (dict(zip(("dq", "dk", "dv"), g, strict=True)) for g in (first, second))
+    assert_repeated(implementation, case, inputs, first, second)
 
 
 @every_row
@@ -312,7 +324,8 @@ def test_results_are_bitwise_the_same_in_every_run(implementation, causal, devic
     inputs = make_inputs(case, device)
     first = run_case(case, inputs, implementation)
     for _ in range(9):
-        assert_bitwise_equal(first, run_case(case, inputs, implementation))
+        again = run_case(case, inputs, implementation)
+        assert_repeated(implementation, case, inputs, first, again)
 
 
 @every_row
@@ -321,12 +334,14 @@ def test_a_sequence_does_not_depend_on_the_batch(implementation, device):
     case = _with(SMALL, batch=3)
     skip_unsupported(case, implementation, device)
     inputs = make_inputs(case, device)
-    whole = run_case(case, inputs, implementation)
     if implementation not in KERNEL_ROWS:
         pytest.skip("a matrix library may sum in another order for another batch size")
+    backward = implementation != "v2_torch"  # its gradients come from such a library
+    whole = run_case(case, inputs, implementation, backward)
     one = Inputs(**{name: tensor[1:2] for name, tensor in vars(inputs).items()})
-    alone = run_case(_with(case, batch=1), one, implementation)
-    assert_bitwise_equal({name: tensor[1:2] for name, tensor in whole.items()}, alone)
+    part = {name: tensor[1:2] for name, tensor in whole.items()}
+    case = _with(case, batch=1)
+    assert_repeated(implementation, case, one, part, run_case(case, one, implementation, backward))
 
 
 @every_differentiable_row
@@ -385,6 +400,10 @@ def test_no_reference_to_a_tensor_outlives_it(implementation, device):
         grads = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
         alive = [weakref.ref(t) for t in (q, k, v, out, lse, *grads, inputs.dout, inputs.dlse)]
         del inputs, q, k, v, out, lse, grads
+        for _ in range(100):  # autograd's thread drops its own a moment after it has answered
+            if not any(ref() is not None for ref in alive):
+                break
+            time.sleep(0.01)
         assert [ref() for ref in alive] == [None] * len(alive)
     finally:
         gc.enable()
@@ -393,10 +412,10 @@ def test_no_reference_to_a_tensor_outlives_it(implementation, device):
 @every_kernel_row
 def test_poison_is_seen(implementation, device, monkeypatch):
     """The tests' own trap: a kernel that writes nothing must fail the check."""
-    from triflash.kernels.common import launch
-
     case = _with(SMALL, batch=1)
     skip_unsupported(case, implementation, device)
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *tensors: None)
+    for launch in ("common.launch", "cuda.forward"):
+        name = f"triflash.kernels.{launch}.Launch.__call__"
+        monkeypatch.setattr(name, lambda self, *tensors: None)
     records = testing.check_case(case, implementation, device)
     assert [record.ok for record in records] == [False] * 5

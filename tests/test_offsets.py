@@ -20,6 +20,7 @@ from helpers import (
     GPU,
     assert_within_budget,
     every_kernel_row,
+    every_triton_row,
     skip_unsupported,
 )
 
@@ -96,7 +97,7 @@ def test_far_strides(implementation, name, device, tmp_path):
     assert result.returncode == 0, f"ended with {result.returncode}: {result.stderr[-2000:]}"
 
 
-@every_kernel_row
+@every_triton_row
 def test_grids_stay_within_cudas_limits(implementation):
     """y and z of a grid end at 65535; batch * nheads does not."""
     import aot
@@ -143,7 +144,8 @@ def test_more_than_2_31_elements_in_a_batch(implementation, device, one_at_a_tim
         batch=2**13 + 1, seqlen_q=128, seqlen_k=128, nheads=16, nheads_k=16, headdim=128,
         dtype=torch.bfloat16, causal=True,
     )  # fmt: skip
-    _needs(48, device)
+    # v2_torch holds tiles of all heads at once, more than an H200 has.
+    _needs(160 if implementation == "v2_torch" else 48, device)
     skip_unsupported(whole, implementation, device)
     one = Case(**{**vars(whole), "batch": 1})
     inputs = make_inputs(one, device)

@@ -16,21 +16,20 @@ import numpy as np
 import pytest
 import torch
 import triton
+from helpers import every_differentiable_row, skip_unsupported
 
 import triflash
 import triflash.nn
 from triflash import registry
 from triflash.examples.tiny_gpt import data, loop, plot, sample, train
 from triflash.examples.tiny_gpt.model import GPT, GPTConfig
+from triflash.testing import Case
 
 CONFIG = GPTConfig(layers=2, heads=2, head_dim=8, seq_len=16)
 TINY = [
     *("--steps=2", "--batch-size=1", "--seq-len=40", "--sample-len=3"),
     *("--layers=1", "--heads=1", "--head-dim=16"),
 ]
-every_row = pytest.mark.parametrize(
-    "implementation", [row.name for row in registry.IMPLEMENTATIONS if row.backward is not None]
-)
 
 
 def arguments(*flags) -> argparse.Namespace:
@@ -54,8 +53,9 @@ def text_of(content: bytes, tmp_path) -> data.Text:
     return data.load(path, 16)
 
 
-@every_row
-def test_the_job_end_to_end(implementation, tmp_path, capsys):
+@every_differentiable_row
+def test_the_job_end_to_end(implementation, device, tmp_path, capsys):
+    skip_unsupported(Case(dtype=torch.float32), implementation, device)
     assert job(tmp_path, f"--implementation={implementation}", "--dtype=float32") == 0
     report = words(capsys.readouterr().out)
     assert f"triflash {implementation} against PyTorch's F.scaled_dot_product_attention" in report
@@ -313,8 +313,9 @@ def trained(attention, device, steps=3, dtype=torch.float32) -> tuple[GPT, loop.
     return model, run
 
 
-@every_row
+@every_differentiable_row
 def test_training_agrees_with_pytorch(implementation, device):
+    skip_unsupported(Case(dtype=torch.float32), implementation, device)
     model, run = trained(implementation, device)
     torch_model, torch_run = trained("torch", device)
     assert len(run.losses) == 3
@@ -353,8 +354,9 @@ def test_the_learning_rate_rises_and_falls():
     assert loop._schedule(0, 1) == 1.0
 
 
-@every_row
+@every_differentiable_row
 def test_the_model_does_not_look_ahead(implementation, device):
+    skip_unsupported(Case(dtype=torch.float32), implementation, device)
     torch.manual_seed(0)
     model = GPT(CONFIG, implementation).to(device)
     tokens = torch.randint(256, (1, 16), device=device)

@@ -1,11 +1,10 @@
-"""The `triflash` command: info, check and train. Nothing here imports torch before it is needed."""
+"""The `triflash` command: info, check, bench and train. Torch is imported when it is needed."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         train.add_arguments(commands["train"])
         return train.run(parser.parse_args(arguments))
+    if arguments[:1] == ["bench"]:
+        from triflash.bench import command
+
+        return command.main(arguments[1:], commands["bench"])
     args = parser.parse_args(arguments)
     if args.command == "info":
         return info()
@@ -50,6 +53,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name, summary in (
         ("info", "show the GPU, versions, and which implementation runs which call"),
         ("check", "hold every implementation's results and gradients against float64"),
+        ("bench", "measure every implementation beside its peers, and report it"),
         ("train", "train a tiny GPT on text through triflash and through PyTorch's attention"),
     ):
         commands[name] = subparsers.add_parser(
@@ -146,6 +150,8 @@ def info() -> int:
 def _facts(device: torch.device, target: Target) -> dict[str, str]:
     import torch
 
+    from triflash.bench import machine
+
     facts = {}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -153,7 +159,7 @@ def _facts(device: torch.device, target: Target) -> dict[str, str]:
         facts["GPU"] = f"{properties.name}, {target.arch}, {target.num_sms} SMs, {memory}"
         if torch.cuda.device_count() > 1:
             facts["GPU"] += f" (the first of {torch.cuda.device_count()})"
-        facts["driver"] = _driver()
+        facts["driver"] = machine.driver()
     else:
         facts["GPU"] = "none that PyTorch can use"
     facts["kernels run"] = (
@@ -176,19 +182,6 @@ def _triton_version() -> str:
     import triton
 
     return str(triton.__version__)
-
-
-def _driver() -> str:
-    """The GPU driver's version as its own tool tells it."""
-    for command in (
-        ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        ("rocm-smi", "--showdriverversion", "--csv"),
-    ):
-        if shutil.which(command[0]) is not None:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-            if result.returncode == 0 and result.stdout.strip():
-                return result.stdout.strip().splitlines()[-1].split(",")[-1].strip()
-    return "unknown (no nvidia-smi or rocm-smi)"
 
 
 def _auto(case: Case, target: Target) -> str | None:

@@ -272,7 +272,8 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     error of base-2 exponents, so its error alone would not be a fair budget. With u = 2^-24 (2^-11
     for tf32) a dot product is off by u times the sum of its absolute products; p carries that of
     its score, and u times lse; ds = p (dp - delta) that of p and of the two dot products; and a sum
-    of terms with independent errors is off by the root of the sum of their squares.
+    of terms with independent errors is off by the root of the sum of their squares. Added one after
+    another, n terms round n partial sums, whose squares make n / 2 times that sum.
     """
     spec = case.spec()
     q, k, v, dout = (
@@ -297,14 +298,16 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     if inputs.dlse is not None:
         dlse = inputs.dlse.double().unsqueeze(-1)
         ds, products = ds + dlse, products + dlse.abs()
+    keys, queries = (2.0**-48 * n / 2 for n in (spec.seqlen_k, spec.group_size * spec.seqlen_q))
     ds_error = ((p_error * ds.abs() + p * u * products) * spec.softmax_scale).square()
-    p_error = p_error.square()
+    ds = (p * ds * spec.softmax_scale).square()
+    p_error, p = p_error.square(), p.square()
     squares = {
-        "out": p_error @ v.square(),
+        "out": (p_error + keys * p) @ v.square(),
         "lse": score_error.square(),
-        "dq": ds_error @ k.square(),
-        "dk": _sum_groups(ds_error.transpose(-1, -2) @ q.square(), spec),
-        "dv": _sum_groups(p_error.transpose(-1, -2) @ dout.square(), spec),
+        "dq": (ds_error + keys * ds) @ k.square(),
+        "dk": _sum_groups((ds_error + queries * ds).transpose(-1, -2) @ q.square(), spec),
+        "dv": _sum_groups((p_error + queries * p).transpose(-1, -2) @ dout.square(), spec),
     }
     return {name: _largest(t) ** 0.5 for name, t in squares.items()}
 

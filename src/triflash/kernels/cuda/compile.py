@@ -29,7 +29,9 @@ _VERSIONS = ("cutlass/version.h", "cuda.h", "cuda/std/__cccl/version.h")
 _VERSION = re.compile(r"^#define \w*VERSION\w* .*$|^#define CUTLASS_\w+ .*$", re.MULTILINE)
 
 
-def load_cubin(source: Path, macros: tuple[tuple[str, str], ...], arch: str) -> bytes:
+def load_cubin(
+    source: Path, macros: tuple[tuple[str, str], ...], arch: str, opt_level: int = 3
+) -> bytes:
     """`source` compiled with `macros` for `arch` ("sm_90"), from the user's cache if it is there.
 
     The key is all that decides the machine code: source, macros, options, architecture, and the
@@ -40,17 +42,21 @@ def load_cubin(source: Path, macros: tuple[tuple[str, str], ...], arch: str) -> 
         Exception: what cuda-core raises on an error of the compiler, with the compiler's log.
     """
     code = source.read_text()
-    key = hashlib.sha256(repr((code, macros, arch, _toolchain())).encode()).hexdigest()
+    key = hashlib.sha256(repr((code, macros, arch, opt_level, _toolchain())).encode()).hexdigest()
     path = user_cache_dir() / "cuda" / f"{source.stem}-{arch}-{key[:32]}.cubin"
     cubin = _read(path)
     if cubin is None:
-        cubin = compile_cubin(code, macros, arch)
+        cubin = compile_cubin(code, macros, arch, opt_level)
         _write(path, cubin)
     return cubin
 
 
 def compile_cubin(
-    code: str, macros: tuple[tuple[str, str], ...], arch: str, name: str = "forward.cu"
+    code: str,
+    macros: tuple[tuple[str, str], ...],
+    arch: str,
+    opt_level: int = 3,
+    name: str = "forward.cu",
 ) -> bytes:
     """CUDA C++ to a cubin. Raises as `load_cubin`."""
     include = include_directories()
@@ -64,8 +70,7 @@ def compile_cubin(
         define_macro=list(macros) or None,
         device_as_default_execution_space=True,  # what CUTLASS's own headers need under NVRTC
         ftz=True,  # exp2f becomes one instruction
-        # At higher levels the assembler hoists more addresses than it has registers for.
-        ptxas_options=["--opt-level=1"],
+        ptxas_options=[f"--opt-level={opt_level}"],
     )
     return bytes(Program(code, "c++", options).compile("cubin").code)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from triflash import tuning
 from triflash.kernels.cuda.compile import load_cubin
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
@@ -18,8 +19,6 @@ _SOURCE = Path(__file__).with_name("forward.cu")
 _ELEMENTS = {torch.float16: "cute::half_t", torch.bfloat16: "cute::bfloat16_t"}
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _VECTOR = 16  # bytes that cp.async copies at once
-# 163 KiB of shared memory a block or more; other GPUs since sm_80 have 99.
-_LARGE_SHARED_MEMORY = (80, 87, 90, 100, 103, 110)
 
 
 @dataclass(frozen=True)
@@ -28,31 +27,27 @@ class KernelConfig:
 
     dtype: torch.dtype
     width: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    min_blocks: int
-    stages: int
-    q_in_registers: bool
+    tiles: tuning.CudaTileConfig
     aligned: bool
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: a tile of q, and rings of k and v."""
-        rows = self.block_m + 2 * self.stages * self.block_n
+        rows = self.tiles.block_m + 2 * self.tiles.num_stages * self.tiles.block_n
         return rows * self.width * self.dtype.itemsize
 
     @property
     def macros(self) -> tuple[tuple[str, str], ...]:
+        tiles = self.tiles
         return (
             ("ELEMENT", _ELEMENTS[self.dtype]),
             ("HEADDIM", str(self.width)),
-            ("BLOCK_M", str(self.block_m)),
-            ("BLOCK_N", str(self.block_n)),
-            ("NUM_WARPS", str(self.num_warps)),
-            ("MIN_BLOCKS", str(self.min_blocks)),
-            ("STAGES", str(self.stages)),
-            ("Q_IN_REGISTERS", str(int(self.q_in_registers))),
+            ("BLOCK_M", str(tiles.block_m)),
+            ("BLOCK_N", str(tiles.block_n)),
+            ("NUM_WARPS", str(tiles.num_warps)),
+            ("MIN_BLOCKS", str(tiles.min_blocks)),
+            ("STAGES", str(tiles.num_stages)),
+            ("Q_IN_REGISTERS", str(int(tiles.q_in_registers))),
             ("ALIGNED", str(int(self.aligned))),
         )
 
@@ -61,32 +56,8 @@ def kernel_config(spec: AttentionSpec, target: Target, aligned: bool) -> KernelC
     """The configuration that runs `spec`; `aligned` if rows are whole 16-byte vectors."""
     headdim = max(spec.headdim, spec.headdim_v)
     width = next(width for width in _WIDTHS if width >= headdim)
-    large = target.sm in _LARGE_SHARED_MEMORY
-    if not aligned:
-        # Elements pass one by one through registers, of which a smaller tile leaves more.
-        block_m, block_n, num_warps, min_blocks = 64, 32, 4, 1
-    elif width <= 96 or (width == 128 and large):
-        # 32 rows a warp halve what it reads of k and v; two blocks a multiprocessor hide each
-        # other's softmax and barriers.
-        block_m, block_n, num_warps, min_blocks = 128, 64, 4, 2
-    elif width == 128:
-        block_m, block_n, num_warps, min_blocks = 128, 32, 4, 2  # two blocks in 100 KiB
-    elif width == 192 or large:
-        # 32 rows a warp no longer fit the registers.
-        block_m, block_n, num_warps, min_blocks = 128, 64, 8, 1
-    else:
-        block_m, block_n, num_warps, min_blocks = 64, 64, 4, 1  # 96 KiB
-    return KernelConfig(
-        dtype=spec.dtype,
-        width=width,
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=num_warps,
-        min_blocks=min_blocks,
-        stages=1,
-        q_in_registers=width <= 64,  # wider ones leave no registers for it
-        aligned=aligned,
-    )
+    tiles = tuning.cuda_v1_forward(spec, target, aligned)
+    return KernelConfig(spec.dtype, width, tiles, aligned)
 
 
 def forward(
@@ -162,7 +133,7 @@ def _prepare(
     config = kernel_config(spec, target, aligned)
     return Launch(
         config,
-        math.ceil(spec.seqlen_q / config.block_m) * spec.nheads * spec.batch,
+        math.ceil(spec.seqlen_q / config.tiles.block_m) * spec.nheads * spec.batch,
         (spec.softmax_scale * math.log2(math.e), *stride_q, *stride_k, *stride_v, spec.nheads,
          spec.group_size, spec.seqlen_q, spec.seqlen_k, spec.headdim, spec.headdim_v,
          int(spec.causal)),
@@ -174,7 +145,7 @@ def _prepare(
 @lru_cache(maxsize=1024)
 def load_kernel(config: KernelConfig, device: int, arch: str) -> Any:
     """The kernel of `config`, compiled or read from the cache, ready to launch on `device`."""
-    cubin = load_cubin(_SOURCE, config.macros, arch)
+    cubin = load_cubin(_SOURCE, config.macros, arch, config.tiles.opt_level)
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
@@ -193,7 +164,9 @@ def load_kernel(config: KernelConfig, device: int, arch: str) -> Any:
 def _grid(blocks: int, config: KernelConfig) -> Any:
     from cuda.core import LaunchConfig
 
-    return LaunchConfig(grid=blocks, block=32 * config.num_warps, shmem_size=config.shared_bytes)
+    return LaunchConfig(
+        grid=blocks, block=32 * config.tiles.num_warps, shmem_size=config.shared_bytes
+    )
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from triflash import tuning
 from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
 from triflash.kernels.common.mask import key_range, query_range, visible
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
-from triflash.kernels.v2.tiles import load_tile, store_tile
+from triflash.kernels.common.tiles import load_tile, store_tile
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 

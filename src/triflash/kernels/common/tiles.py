@@ -1,4 +1,4 @@
-"""How v2 reads and writes a tile: rows of one head, by TMA or by pointers."""
+"""Where a tile is and which of it exists: rows of one head, by TMA or by pointers."""
 
 import triton
 import triton.language as tl
@@ -17,8 +17,8 @@ def tile_pointers(X, batch, head, row, stride_b, stride_s, stride_h, ROWS: tl.co
 
 @triton.jit
 def load_tile(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM: tl.constexpr,
-              ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr,
-              USE_TMA: tl.constexpr):  # fmt: skip
+              ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr = True,
+              USE_TMA: tl.constexpr = False):  # fmt: skip
     """Rows [row, row + ROWS) of a head as [ROWS, BLOCK_D]; zero past HEADDIM and past seqlen.
 
     X is a descriptor of (batch, nheads, seqlen, headdim) if USE_TMA, else a pointer. Without
