@@ -57,14 +57,8 @@ class Schedule:
     """What a kernel is compiled for; fields of tuning.HopperBackwardConfig mean the same here."""
 
     block_m: int
-    q_stages: int
-    do_stages: int
-    ds_stages: int
-    dq_first: bool
-    fold: bool
-    round_p: bool
+    stages: int
     late_dv: bool
-    ahead: bool
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
@@ -73,6 +67,7 @@ class Schedule:
 
 KEYS = gl.constexpr(64)  # of one warpgroup, the rows of one wgmma
 CONSUMERS = gl.constexpr(2)
+DS_STAGES = gl.constexpr(2)  # blocks of ds; with one the warpgroups would meet twice a step
 BLOCK_N = gl.constexpr(128)
 PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
 PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
@@ -176,8 +171,7 @@ def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
 @gluon.jit
 def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
-    Q_STAGES: gl.constexpr = C.q_stages
-    DO_STAGES: gl.constexpr = C.do_stages
+    STAGES: gl.constexpr = C.stages
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
@@ -191,18 +185,15 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
         load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
         head, start_m = walk(i, head_k, start, blocks, group_size, C)
-        q_slot = i % Q_STAGES
-        mbarrier.wait(q_empty.index(q_slot), i // Q_STAGES & 1 ^ 1)
-        mbarrier.expect(q_full.index(q_slot), Q.block_type.nbytes + Stats.block_type.nbytes)
-        load(Q, batch, head, start_m, q_full.index(q_slot), q_smem.index(q_slot))
+        slot = i % STAGES
+        mbarrier.wait(q_empty.index(slot), i // STAGES & 1 ^ 1)
+        mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
+        load(Q, batch, head, start_m, q_full.index(slot), q_smem.index(slot))
         row = (batch * nheads + head) * tiles_m + start_m // C.block_m
-        tma.async_copy_global_to_shared(
-            Stats, [row, 0], q_full.index(q_slot), stats_smem.index(q_slot)
-        )
-        do_slot = i % DO_STAGES
-        mbarrier.wait(do_empty.index(do_slot), i // DO_STAGES & 1 ^ 1)
-        mbarrier.expect(do_full.index(do_slot), dOut.block_type.nbytes)
-        load(dOut, batch, head, start_m, do_full.index(do_slot), do_smem.index(do_slot))
+        tma.async_copy_global_to_shared(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
+        mbarrier.wait(do_empty.index(slot), i // STAGES & 1 ^ 1)
+        mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
+        load(dOut, batch, head, start_m, do_full.index(slot), do_smem.index(slot))
 
 
 @gluon.jit
@@ -261,21 +252,10 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def scores(k, q_smem, slot, C: gl.constexpr):
-    """k q^T [KEYS, BLOCK_M], begun."""
-    BLOCK_M: gl.constexpr = C.block_m
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    return warpgroup_mma(k, tile(q_smem, slot).permute((1, 0)),
-                         gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT),
-                         use_acc=False, is_async=True)  # fmt: skip
-
-
-@gluon.jit
 def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
-    Q_STAGES: gl.constexpr = C.q_stages
-    DO_STAGES: gl.constexpr = C.do_stages
+    STAGES: gl.constexpr = C.stages
     k_smem, v_smem, q_smem, do_smem, stats_smem, ds_smem, dq_smem, bars, dq_full, dq_empty, done = (
         shared
     )
@@ -305,88 +285,58 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
 
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
-    steps = group_size * blocks
-    if C.ahead:
-        mbarrier.wait(q_full.index(0), 0)
-        s_t = warpgroup_mma_wait(0, deps=(scores(k, q_smem, 0, C),))
-    for i in range(steps):
-        q_slot = i % Q_STAGES
-        do_slot = i % DO_STAGES
-        q = tile(q_smem, q_slot)
-        dout = tile(do_smem, do_slot)
-        stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
-        if not C.ahead:
-            mbarrier.wait(q_full.index(q_slot), i // Q_STAGES & 1)
-        mbarrier.wait(do_full.index(do_slot), i // DO_STAGES & 1)
+    for i in range(group_size * blocks):
+        slot = i % STAGES
+        phase = i // STAGES & 1
+        q = tile(q_smem, slot)
+        dout = tile(do_smem, slot)
+        stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
+        # Both before the first product: else the copies of -delta sink between the products.
+        mbarrier.wait(q_full.index(slot), phase)
+        mbarrier.wait(do_full.index(slot), phase)
+        # dp's product begins with -delta, which then takes no registers of its own.
+        minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
         dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.fold:  # the product begins with -delta, which then takes no registers of its own
-            minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-            dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
-        if not C.ahead:
-            s_t = scores(k, q_smem, q_slot, C)
-        dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
+        dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+        s_t = warpgroup_mma(k, q.permute((1, 0)), gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S),
+                            use_acc=False, is_async=True)  # fmt: skip
+        dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        if not C.ahead:
-            s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        s_t = warpgroup_mma_wait(1, deps=(s_t,))
         p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
         if C.causal or C.check_keys:
             if m < edge:  # only tiles on the edge of the mask pay for it
                 q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
                 seen = visible(q_idx, k_idx, 0, keys, C.causal, KEYS_ARE_ROWS=True)
                 p_t = gl.where(seen, p_t, 0.0)
-        p_16 = p_t.to(q.dtype)
-        if C.round_p:
-            p_t = p_16.to(gl.float32)
-        p_16 = gl.convert_layout(p_16, gl.DotOperandLayout(0, LAYOUT_D, 2))
+        p_16 = gl.convert_layout(p_t.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_D, 2))
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+            ds_t = (p_t * dp_t).to(q.dtype)
+            dv = warpgroup_mma(p_16, dout, dv, is_async=True)
         else:
             dv = warpgroup_mma(p_16, dout, dv, is_async=True)
             dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
-        if not C.fold:
-            dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
-        ds_t = (p_t * dp_t).to(q.dtype)
-        if C.late_dv:
-            dv = warpgroup_mma(p_16, dout, dv, is_async=True)
-        ds_slot = i % C.ds_stages * CONSUMERS
-        if C.ds_stages == 1:  # the other warpgroup still reads the ds before
-            meet(256)
+            ds_t = (p_t * dp_t).to(q.dtype)
+        ds_slot = i % DS_STAGES * CONSUMERS
         ds_smem.index(ds_slot + W).store(ds_t)
         ds_16 = gl.convert_layout(ds_t, gl.DotOperandLayout(0, LAYOUT_D, 2))
         fence_async_shared()
-        if not C.dq_first:
-            dk = warpgroup_mma(ds_16, q, dk, is_async=True)
         meet(256)
         dq = gl.zeros([PART, PART], gl.float32, LAYOUT_P)
         for w in gl.static_range(CONSUMERS):
             dq = warpgroup_mma(part_of_ds(ds_smem, ds_slot + w, PART_ROW),
                                part_of_k(k_smem, w, PART_COLUMN), dq,
                                use_acc=w > 0, is_async=True)  # fmt: skip
-        if C.dq_first:
-            dk = warpgroup_mma(ds_16, q, dk, is_async=True)
-            if C.ahead:  # of the last step once more, for want of a next one
-                j = gl.minimum(i + 1, steps - 1)
-                mbarrier.wait(q_full.index(j % Q_STAGES), j // Q_STAGES & 1)
-                s_t = scores(k, q_smem, j % Q_STAGES, C)
-                dv, dq = warpgroup_mma_wait(2, deps=(dv, dq))
-            else:
-                dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-        else:
-            dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
-        mbarrier.arrive(do_empty.index(do_slot), count=1)
+        dk = warpgroup_mma(ds_16, q, dk, is_async=True)  # hides storing dq
+        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        mbarrier.arrive(do_empty.index(slot), count=1)
         mbarrier.wait(dq_empty.index(W), i & 1 ^ 1)
         dq_smem.index(W).store(pack(dq))
         fence_async_shared()
         mbarrier.arrive(dq_full.index(W), count=1)
-        if C.dq_first:
-            if C.ahead:
-                dk = warpgroup_mma_wait(1, deps=(dk,))
-            else:
-                dk = warpgroup_mma_wait(0, deps=(dk,))
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
-            if C.ahead:  # in flight across the end of the loop it would be serialised
-                s_t = warpgroup_mma_wait(0, deps=(s_t,))
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(q_empty.index(slot), count=1)
         m += 1
         if C.gqa:  # as in walk, without its division
             m = gl.where(m < blocks, m, 0)
@@ -405,11 +355,11 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     """One program a block of keys of a key head."""
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
-    q_smem = buffers(Q, C.q_stages)
-    do_smem = buffers(dOut, C.do_stages)
-    stats_smem = gl.allocate_shared_memory(gl.float32, [C.q_stages, 1, 2 * C.block_m], Stats.layout)
+    q_smem = buffers(Q, C.stages)
+    do_smem = buffers(dOut, C.stages)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [C.stages, 1, 2 * C.block_m], Stats.layout)
     ds_smem = gl.allocate_shared_memory(
-        Q.dtype, [C.ds_stages * CONSUMERS, KEYS, C.block_m],
+        Q.dtype, [DS_STAGES * CONSUMERS, KEYS, C.block_m],
         gl.NVMMASharedLayout.get_default_for([KEYS, C.block_m], Q.dtype),
     )  # fmt: skip
     dq_smem = gl.allocate_shared_memory(
@@ -418,10 +368,10 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     bars = (
         barriers(CONSUMERS, 1),
         barriers(CONSUMERS, 1),
-        barriers(C.q_stages, 1),
-        barriers(C.q_stages, CONSUMERS),
-        barriers(C.do_stages, 1),
-        barriers(C.do_stages, CONSUMERS),
+        barriers(C.stages, 1),
+        barriers(C.stages, CONSUMERS),
+        barriers(C.stages, 1),
+        barriers(C.stages, CONSUMERS),
     )
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
@@ -455,26 +405,12 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    dout needs a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse
-    and dlse are contiguous.
-
-    Raises:
-        NotImplementedError: a base or stride of q, k or v is not a multiple of 16 bytes, or a head
-            dimension is above 128.
+    Head dimensions up to 128, `spec.tma`. dout needs a contiguous last dimension, and is copied if
+    TMA cannot read it as it lies; out, lse and dlse are contiguous.
     """
-    if max(spec.headdim, spec.headdim_v) > 128:
-        raise NotImplementedError(
-            "v3's backward takes head dimensions up to 128, not "
-            f"{max(spec.headdim, spec.headdim_v)}; v2 takes them up to 256."
-        )
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if not tma_can_read(q, k, v):
-        raise NotImplementedError(
-            "v3 loads by TMA, which needs q, k and v to start at a multiple of 16 bytes and to "
-            "have strides that are multiples of 16 bytes."
-        )
     if not tma_can_read(dout):
         dout = dout.contiguous()
     plan = _prepare(
@@ -551,10 +487,8 @@ def _prepare(
          spec.seqlen_k),
         (
             Schedule(
-                block_m, config.q_stages, config.do_stages, config.ds_stages, config.dq_first,
-                config.fold, config.round_p, config.late_dv, config.ahead,
-                spec.causal, spec.seqlen_k % BLOCK_N.value != 0, spec.group_size > 1,
-                spec.deterministic,
+                block_m, config.stages, config.late_dv, spec.causal,
+                spec.seqlen_k % BLOCK_N.value != 0, spec.group_size > 1, spec.deterministic,
             ),
         ),
         config,
