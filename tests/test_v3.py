@@ -18,12 +18,16 @@ from unittest import mock
 import aot
 import pytest
 import torch
+from helpers import unexplained_races
 
-from triflash import registry
+from triflash import attention, registry
 from triflash.spec import make_spec
-from triflash.target import Target
+from triflash.target import Target, target_of
+from triflash.testing import Case, make_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
+HOPPER = Target("cuda", "sm_90", 132)
+OPTIONS = (False, False, False, "auto")  # causal, deterministic, allow_tf32, implementation
 
 CALLS = {
     "bf16-64": {"headdim": 64},
@@ -97,7 +101,8 @@ def launches_of(
         if backward:
             launches.clear()
             gradient = torch.empty_like(lse) if dlse else None
-            row.load_backward()(torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
+            dout = torch.empty_like(out)
+            row.load_backward(spec)(dout, gradient, q, k, v, out, lse, saved, spec)
     return launches
 
 
@@ -213,13 +218,18 @@ def test_machine_code_of_the_backward(call, compiler):
     assert kernel["around"] == [0, 0]
 
 
-def test_the_backward_refuses_wide_heads():
-    row = registry.get("v3")
-    q = torch.ones(1, 8, 2, 136, dtype=BF16)
-    lse = torch.ones(1, 2, 8)
-    spec = make_spec(q, q, q, None, False, False, False)
-    with pytest.raises(NotImplementedError, match="up to 128, not 136"):
-        row.load_backward()(q, None, q, q, q, q, lse, [], spec)
+def test_wide_heads_borrow_the_backward_of_v2():
+    """Which takes what the forward saved: nothing, in both rows."""
+    row, v2 = registry.get("v3"), registry.get("v2")
+    assert row.saves == v2.saves == ()
+    for headdim, headdim_v, borrows in ((128, 128, False), (136, 64, True), (64, 256, True)):
+        q = torch.empty(1, 8, 2, headdim, dtype=BF16, device="meta")
+        v = torch.empty(1, 8, 2, headdim_v, dtype=BF16, device="meta")
+        backward = row.load_backward(make_spec(q, q, v, None, False, False, False))
+        assert (backward is v2.load_backward()) == borrows
+    launches = launches_of(HOPPER, True, headdim=256)
+    modules = {launch.kernel.fn.__module__ for launch in launches}
+    assert modules == {"triflash.kernels.v2.backward"}
 
 
 @pytest.mark.parametrize(
@@ -248,13 +258,97 @@ def test_refusals_say_why(change, words):
     assert registry.get("v3").supports(spec, Target("cuda", "sm_90", 132)) is None
 
 
-def test_layouts_that_tma_cannot_read_are_refused():
-    forward = registry.get("v3").load_forward()
-    around = torch.zeros(2, 8, 2, 65, dtype=BF16)
-    q = around[..., 1:]  # rows of 65 elements
-    k = torch.zeros(2, 8, 2, 64, dtype=BF16)
-    with pytest.raises(NotImplementedError, match="16 bytes"):
-        forward(q, k, k, make_spec(q, k, k, None, False, False, False))
+def _laid_out(layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k long enough for v3 to pay."""
+    k = torch.empty(2, 4096, 8, 64, dtype=BF16, device="meta")
+    if layout == "contiguous":
+        return k, k
+    if layout == "rows of 16 bytes more":
+        return torch.empty(2, 4096, 8, 72, dtype=BF16, device="meta")[..., 8:], k
+    if layout == "rows of 2 bytes more":
+        return torch.empty(2, 4096, 8, 65, dtype=BF16, device="meta")[..., 1:], k
+    if layout == "expanded":
+        return torch.empty(1, 4096, 8, 64, dtype=BF16, device="meta").expand(2, -1, -1, -1), k
+    assert layout == "junk stride of a single entry"
+    q = torch.empty(1, 4096, 16, 64, dtype=BF16, device="meta")
+    return q.as_strided(q.shape, (7, *q.stride()[1:])), q
+
+
+@pytest.mark.parametrize(
+    ("layout", "readable"),
+    [
+        ("contiguous", True),
+        ("rows of 16 bytes more", True),
+        ("junk stride of a single entry", True),
+        ("rows of 2 bytes more", False),
+        ("expanded", False),
+    ],
+)
+def test_layouts_that_tma_cannot_read_go_to_v2(layout, readable):
+    for tensors in (_laid_out(layout), _laid_out(layout)[::-1]):
+        q, k = tensors
+        spec = make_spec(q, k, k, None, False, False, False)
+        assert spec.tma == readable
+        reason = registry.get("v3").supports(spec, HOPPER)
+        assert (reason is None) if readable else ("16 bytes" in reason)
+        assert registry.resolve("auto", spec, HOPPER).name == ("v3" if readable else "v2")
+
+
+def test_bases_that_tma_cannot_read_go_to_v2(monkeypatch):
+    """Only the operators see where memory starts, and forward and backward see the same."""
+    resolved = []
+
+    def resolve(name, spec, target):
+        resolved.append(spec.tma)
+        return registry.get("reference")
+
+    monkeypatch.setattr(registry, "resolve", resolve)
+    memory = torch.randn(2 * 8 * 2 * 8 + 8)
+    for offset, readable in ((0, True), (1, False), (4, True)):
+        q = memory[offset : offset + 256].view(2, 8, 2, 8).requires_grad_()
+        assert (q.data_ptr() % 16 == 0) == readable
+        k = torch.randn(2, 8, 2, 8)
+        resolved.clear()
+        out, lse, saved = torch.ops.triflash.attention_forward(q, k, k, 1.0, *OPTIONS)
+        torch.ops.triflash.attention_backward(out, None, q, k, k, out, lse, saved, 1.0, *OPTIONS)
+        assert resolved == [readable, readable]
+
+
+def test_auto_takes_it_where_it_was_measured_to_pay():
+    def auto(target: Target = HOPPER, **case) -> str:
+        case = {"batch": 16, "nheads": 16, "nheads_k": 16, "dtype": BF16, "headdim": 128, **case}
+        return registry.resolve("auto", Case(**case).spec(), target).name
+
+    assert auto(seqlen_q=1024, seqlen_k=1024) == "v3"
+    assert auto(seqlen_q=4096, seqlen_k=4096, headdim=256, causal=True) == "v3"
+    assert auto(seqlen_q=1, seqlen_k=4096) == "v2"
+    assert auto(seqlen_q=1024, seqlen_k=1024, batch=1) == "v2"
+    assert auto(seqlen_q=4096, seqlen_k=4096, dtype=torch.float32) == "v2"
+    for other in (Target("cuda", "sm_80", 108), Target("cuda", "sm_100", 148)):
+        assert auto(other, seqlen_q=4096, seqlen_k=4096) == "v2"
+
+
+def test_which_reports_of_racecheck_are_explained():
+    def line(text: str, file: str = "forward.py") -> int:
+        source = Path(registry.__file__).parent / "kernels" / "v3" / file
+        lines = source.read_text().splitlines()
+        return next(i for i, found in enumerate(lines, 1) if text in found)
+
+    def report(*places: str) -> str:
+        accesses = [f"Read access at k_kernel+0x1e0 in {place}" for place in places]
+        return "========= Error: Race reported between " + "\n=========     and ".join(accesses)
+
+    dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
+    index = line("tile_smem.index(w).store(")
+    load, other = line("index = gl.max(tile_smem"), line("o_smem.index(W)")
+    backward = line("gl.warp_specialize(", "backward.py")
+    explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
+    explained += "\n" + report(f"forward.py:{index}", f"forward.py:{load}")
+    explained += "\n" + report(f"backward.py:{backward}", f"backward.py:{backward}")
+    assert unexplained_races(explained) == []
+    wrong = report(f"forward.py:{index}", f"forward.py:{other}")
+    assert unexplained_races(explained + "\n" + wrong) == [wrong.split("Error: ")[1]]
+    assert unexplained_races("========= Error: something else")
 
 
 def test_no_keys():
@@ -283,3 +377,26 @@ def test_no_keys_gives_zero_gradients():
 def test_importing_triflash_does_not_import_gluon():
     command = "import sys, triflash; sys.exit('triton.experimental.gluon' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_deterministic_gradients_are_bitwise_the_same(headdim, causal, device):
+    case = Case(
+        batch=2, seqlen_q=1000, seqlen_k=1100, nheads=8, nheads_k=4, headdim=headdim, dtype=BF16,
+        causal=causal,
+    )  # fmt: skip
+    reason = registry.get("v3").supports(case.spec(), target_of(device))
+    if reason is not None:
+        pytest.skip(reason)
+    inputs = make_inputs(case, device)
+    leaves = tuple(t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = attention(*leaves, causal=causal, deterministic=True, implementation="v3")
+        return torch.autograd.grad(out, leaves, inputs.dout)
+
+    first = gradients()
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
