@@ -379,6 +379,41 @@ def test_importing_triflash_does_not_import_gluon():
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
+def test_every_stream_has_a_counter_of_its_own(monkeypatch):
+    from triflash.kernels.v3 import forward
+
+    device = torch.device("cpu")
+    free = [torch.zeros(1), torch.zeros(1)]
+    monkeypatch.setattr(forward, "_counters", lambda _: free)
+    forward._counter_of_stream.cache_clear()
+    first, second, third = (forward._counter_of_stream(device, stream) for stream in (1, 2, 3))
+    assert first is not second
+    assert forward._counter_of_stream(device, 1) is first
+    assert third is None  # a new one for every call
+    forward._counter_of_stream.cache_clear()
+
+
+@pytest.mark.gpu
+def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
+    """Nothing that outlives the call may be allocated in the graph's pool."""
+    reason = registry.get("v3").supports(Case(dtype=BF16, causal=True).spec(), target_of(device))
+    if reason is not None:
+        pytest.skip(reason)
+    code = (
+        "import torch, triflash\n"
+        "q = torch.randn(2, 300, 4, 64, device='cuda', dtype=torch.bfloat16)\n"
+        "def call(q):\n"
+        "    return triflash.attention(q * 1, q, q, causal=True, implementation='v3')\n"
+        "compiled = torch.compile(call, mode='reduce-overhead', fullgraph=True)\n"
+        "for _ in range(4):\n"
+        "    torch.compiler.cudagraph_mark_step_begin()\n"
+        "    got = compiled(q).clone()\n"
+        "assert torch.equal(got, call(q))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("headdim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
