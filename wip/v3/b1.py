@@ -1,5 +1,5 @@
 """Compile v3's backward kernels for what a call would launch; report. args: names"""
-import sys, os; sys.path.insert(0, "scratch"); sys.path.insert(0, "tests")
+import sys, os; sys.path.insert(0, "wip/v3"); sys.path.insert(0, "tests")
 from v3_aot import *
 import torch, aot, dataclasses
 from unittest import mock
@@ -48,7 +48,7 @@ CALLS = {
     "d128gqa": dict(nheads_k=2, causal=True, seqlen=1000, dtype=torch.float16, dlse=True),
     "d128cdet": dict(deterministic=True,causal=True), "d64tail": dict(headdim=64,seqlen_k=1000), "d64taildet": dict(headdim=64,seqlen_k=1000,causal=True,nheads_k=2,deterministic=True), "d128det": dict(deterministic=True), "d64det": dict(deterministic=True, headdim=64, causal=True), "d40": dict(headdim=40, headdim_v=72), "d16": dict(headdim=16, headdim_v=8),
 }
-VARIANTS = {"base": {}, "dk": dict(dq_first=False)}
+VARIANTS = {"base": {}, "late": dict(late_dv=True), "early": dict(late_dv=False)}
 if __name__ == "__main__":
     names = sys.argv[1].split(",") if len(sys.argv) > 1 else CALLS
     variants = sys.argv[2].split(";") if len(sys.argv) > 2 else ["base"]

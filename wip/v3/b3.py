@@ -1,4 +1,4 @@
-import sys; sys.path.insert(0, "scratch")
+import sys; sys.path.insert(0, "wip/v3")
 from b1 import *
 import v3_bwd_check
 for (d, causal), vs in v3_bwd_check.VARIANTS.items():

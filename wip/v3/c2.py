@@ -1,5 +1,5 @@
 """Record v3's launch on meta tensors and compile it: what a user's call would compile."""
-import sys, os; sys.path.insert(0, "scratch"); sys.path.insert(0, "tests")
+import sys, os; sys.path.insert(0, "wip/v3"); sys.path.insert(0, "tests")
 from v3_aot import *
 import torch, aot
 from triflash import registry, spec as S

@@ -1,4 +1,4 @@
-import sys; sys.path.insert(0, "scratch")
+import sys; sys.path.insert(0, "wip/v3")
 from c2 import *
 import v3_check
 from dataclasses import replace

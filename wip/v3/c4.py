@@ -1,4 +1,4 @@
-import sys; sys.path.insert(0, "scratch")
+import sys; sys.path.insert(0, "wip/v3")
 from c2 import *
 c, dt, l = compile_call(causal=True)
 ptx = c.asm["ptx"]; open("/tmp/w/v3/d128c.ptx", "w").write(ptx)

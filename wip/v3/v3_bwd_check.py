@@ -1,6 +1,6 @@
 """Check v3's backward against float64, then time its variants: one run on the GPU machine.
 
-PYTHONPATH=src python scratch/v3_bwd_check.py [--no-time] [--cases SUBSTRING] [--cells d128c,...]
+PYTHONPATH=src python wip/v3/v3_bwd_check.py [--no-time] [--cases SUBSTRING] [--cells d128c,...]
 Workers are subprocesses with a watchdog; whatever hangs is killed and reported as HANG.
 """
 import argparse, json, os, queue, signal, subprocess, sys, threading, time
@@ -50,10 +50,10 @@ def cases():
 
 
 VARIANTS = {
-    (64, False): {"base": {}, "exact": dict(round_p=False), "late": dict(late_dv=True), "dkfirst": dict(dq_first=False), "q3": dict(q_stages=3)},
-    (64, True): {"base": {}, "exact": dict(round_p=False), "late": dict(late_dv=True), "dkfirst": dict(dq_first=False), "ahead": dict(ahead=True)},
-    (128, False): {"base": {}, "nofold": dict(fold=False), "round": dict(round_p=True), "late": dict(late_dv=True), "dkfirst": dict(dq_first=False), "q3": dict(q_stages=3)},
-    (128, True): {"base": {}, "nofold": dict(fold=False), "round": dict(round_p=True), "late": dict(late_dv=True), "dkfirst": dict(dq_first=False), "ahead": dict(ahead=True, round_p=True)},
+    (64, False): {"base": {}, "late": dict(late_dv=True), "s3": dict(stages=3)},
+    (64, True): {"base": {}, "late": dict(late_dv=True)},
+    (128, False): {"base": {}, "early": dict(late_dv=False), "s3": dict(stages=3)},
+    (128, True): {"base": {}, "early": dict(late_dv=False)},
 }
 
 
@@ -129,7 +129,7 @@ def work_warm(i, d, causal, name, change):
     spec = make_spec(q, k, v, None, causal, False, False)
     out, lse, _ = F.forward(q, k, v, spec)
     if name == "v2":
-        for s in (1024, 4096, 16384):
+        for s in (512, 1024, 2048, 4096, 16384):
             x = torch.randn(16384 // s, s, 2048 // d, d, device="cuda", dtype=torch.bfloat16)
             o, l, _ = F.forward(x, x, x, make_spec(x, x, x, None, causal, False, False))
             B2.backward(x, None, x, x, x, o, l, [], make_spec(x, x, x, None, causal, False, False))
@@ -220,7 +220,7 @@ def timing(cells):
     records = []
     for (d, causal), variants in VARIANTS.items():
         if cells and f"d{d}{'c' if causal else 'f'}" not in cells: continue
-        for s in (1024, 4096, 16384):
+        for s in (512, 1024, 2048, 4096, 16384):
             q, k, v, dout = (torch.randn(16384 // s, s, 2048 // d, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
             spec = make_spec(q, k, v, None, causal, False, False)
             out, lse, _ = F.forward(q, k, v, spec)

@@ -1,6 +1,6 @@
 """Check v3's forward against float64, then time its variants: one run on the GPU machine.
 
-PYTHONPATH=src python scratch/v3_check.py [--no-time] [--cases SUBSTRING] [--cells d128c,...]
+PYTHONPATH=src python wip/v3/v3_check.py [--no-time] [--cases SUBSTRING] [--cells d128c,...]
 Workers are subprocesses with a watchdog; whatever hangs is killed and reported as HANG.
 """
 import argparse, json, os, queue, signal, subprocess, sys, threading, time
@@ -50,12 +50,12 @@ def cases():
 
 
 VARIANTS = {
-    (64, False): {"base": {}, "nopin": dict(pin=False), "lane": dict(lane_sum=True), "2wg": dict(consumers=2), "dynamic": dict(dynamic=True)},
-    (64, True): {"base": {}, "nopin": dict(pin=False), "lane": dict(lane_sum=True), "2wg": dict(consumers=2), "all-heads": dict(section=1 << 20), "static": dict(dynamic=False)},
-    (128, False): {"base": {}, "nopin": dict(pin=False), "lane": dict(lane_sum=True), "n64": dict(block_n=64, stages=4), "dynamic": dict(dynamic=True)},
-    (128, True): {"base": {}, "nopin": dict(pin=False), "lane": dict(lane_sum=True), "n64": dict(block_n=64, stages=4), "all-heads": dict(section=1 << 20), "static": dict(dynamic=False)},
-    (256, False): {"base": {}, "n32": dict(block_n=32, stages=4), "nopin": dict(pin=False), "lane": dict(lane_sum=True), "dynamic": dict(dynamic=True)},
-    (256, True): {"base": {}, "nopin": dict(pin=False), "lane": dict(lane_sum=True), "all-heads": dict(section=1 << 20), "static": dict(dynamic=False)},
+    (64, False): {"base": {}, "nopin": dict(pin=False), "2wg": dict(consumers=2)},
+    (64, True): {"base": {}, "nopin": dict(pin=False), "2wg": dict(consumers=2), "3wg": dict(consumers=3)},
+    (128, False): {"base": {}, "pin": dict(pin=True), "dynamic": dict(dynamic=True), "dynpin": dict(dynamic=True, pin=True)},
+    (128, True): {"base": {}, "nopin": dict(pin=False)},
+    (256, False): {"base": {}, "pin": dict(pin=True), "dynamic": dict(dynamic=True)},
+    (256, True): {"base": {}, "nopin": dict(pin=False)},
 }
 
 
@@ -73,7 +73,7 @@ def launcher(q, k, v, spec, change):
     def call():
         out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
         lse = q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=__import__("torch").float32)
-        launch(F._at(views[0], q), F._at(views[1], k), F._at(views[2], v), F._at(views[3], out), lse, F._counter(q.device))
+        launch(F.at(views[0], q), F.at(views[1], k), F.at(views[2], v), F.at(views[3], out), lse, F._counter(q.device))
         return out
     return call
 
@@ -115,7 +115,7 @@ def work_warm(i, d, causal, name, change):
     q, k, v = (torch.randn(2, 4096, 2048 // d, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     if name == "v2":
         with torch.no_grad():
-            for s in (1024, 4096, 16384):
+            for s in (512, 1024, 2048, 4096, 16384):
                 x = q.reshape(8192 // s or 1, -1, 2048 // d, d)
                 triflash.attention(x, x, x, causal=causal, implementation="v2")
         torch.cuda.synchronize()
@@ -202,7 +202,7 @@ def timing(cells):
     records = []
     for (d, causal), variants in VARIANTS.items():
         if cells and f"d{d}{'c' if causal else 'f'}" not in cells: continue
-        for s in (1024, 4096, 16384):
+        for s in (512, 1024, 2048, 4096, 16384):
             q, k, v = (torch.randn(16384 // s, s, 2048 // d, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
             spec = make_spec(q, k, v, None, causal, False, False)
             qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
