@@ -184,7 +184,7 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
 def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     """Whether "auto" takes v3 where it can run: where it was measured, and is not slower than v2.
 
-    From 1024 on its forward is 1.03 to 1.5 times as fast as v2's, and its backward 1.16 to 1.4
+    From 1024 on its forward is 1.03 to 1.4 times as fast as v2's, and its backward 1.16 to 1.4
     times. The exception is d64 causal at 1024, whose forward is 4% slower, its backward 16% faster.
     A backward costs the host 61 us against 38, which little work cannot hide.
     """

@@ -274,9 +274,9 @@ def main():
     if not a.no_time:
         p = subprocess.Popen([sys.executable, str(HERE), "--timer", "--cells", a.cells], start_new_session=True)
         try:
-            p.wait(timeout=90)
+            p.wait(timeout=300)
         except subprocess.TimeoutExpired:
-            os.killpg(p.pid, signal.SIGKILL); say("timing killed after 90 s")
+            os.killpg(p.pid, signal.SIGKILL); say("timing killed after 300 s")
     say(f"== done in {time.time() - t0:.0f} s; failures: {bad}")
     return 1 if bad else 0
 
