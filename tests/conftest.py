@@ -36,9 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, one in four of the shared tests for each row that "auto" never picks.
+    """Without a GPU, one in three of the shared tests for each row that "auto" never picks.
 
-    The interpreter takes five minutes a row for all of them. Each row gets another quarter.
+    The interpreter takes five minutes a row for all of them. Each row gets others.
     """
     from triflash import registry
 
@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if row in seen and item.path.stem not in ("test_ladder", "test_compile"):
             seen[row] += 1
-            if (seen[row] + rows.index(row)) % 4:
-                reason = "without a GPU one in four of the ladder's tests; --thorough runs all"
+            if (seen[row] + rows.index(row)) % 3:
+                reason = "without a GPU one in three of the ladder's tests; --thorough runs all"
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from triflash.bench import record as records_of
@@ -234,8 +235,9 @@ def _against_peers(records: Sequence[Record]) -> Figure | None:
         axes.set_ylabel(f"{TITLES[direction].lower()}: times as fast")
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
-        axes.margins(x=0.01, y=0.14)
-        axes.set_ylim(top=max(1.03, axes.get_ylim()[1]))
+        axes.margins(x=0.01)
+        every = [ratio for ratio, *_ in ratios.values()]
+        axes.set_ylim(min(0.97, *every) - 0.06, max(0.97, *every) + 0.06)
         for (headdim, causal), where_ in _panels(keys, places).items():
             axes.annotate(
                 f"d{headdim} {'causal' if causal else 'full'}",
@@ -311,9 +313,9 @@ def _error(records: Sequence[Record]) -> Figure | None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.set_title(dtype, loc="left", fontsize="medium", pad=12)
         axes.set_ylabel("largest error")
-    figure.legend(
-        *grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False
-    )
+    # Not the bars' own: who cannot run a dtype has none in its panel.
+    handles = [Patch(color=_colour(name), label=label(name)) for name in names]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
     return figure
 
 

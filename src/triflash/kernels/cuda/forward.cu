@@ -10,8 +10,9 @@
 //
 // FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes: q, out and lse
 // once; k and v once for each block of queries, mostly from L2.
-// Measured (H200, fp16, SEEDS 3.4's shapes, docs/perf-log.md): 1.08 to 1.17 times as fast as v1, 1.06 to
-// 1.15 times as SDPA's flash backend; v2, with Hopper's own instructions, is 1.1 to 1.4 times as fast.
+// Measured (H200, fp16, SEEDS 3.4's shapes, docs/perf-log.md): 1.08 to 1.17 times as fast as v1 under
+// sustained load and 1.01 to 1.08 times in bursts, 1.06 to 1.15 times as SDPA's flash backend; v2, with
+// Hopper's own instructions, is 1.1 to 1.4 times as fast as this.
 //
 // The host compiles this file for one configuration at a time and passes it as macros:
 //   ELEMENT          cute::half_t or cute::bfloat16_t
