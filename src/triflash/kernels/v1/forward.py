@@ -10,7 +10,7 @@ Saves: m and l, float32 `(batch, nheads, seqlen_q)`, m in units of the scaled sc
 FLOPs: 4 * seqlen_q * seqlen_k * headdim a head in matrix products, half of that when causal; each
 step also rescales both o and p @ v, 4 * BLOCK_M * headdim_v more. Bytes: q, out, lse, m and l once;
 k and v once for each block of queries, mostly from L2.
-Measured (H200, fp16, docs/perf-log.md): one head dimension of 64, 16 heads, 16384 keys: 28 times as
+Measured (H200, fp16, docs/perf-log.md), head dimension 64, 16 heads, 16384 keys: 28 times as
 fast as textbook attention, 20 times as v1_paper, 0.60 to 0.67 times as v2.
 """
 
