@@ -51,6 +51,11 @@ class Launch:
             self._run = compiled[self.grid]
 
 
+def strides_of(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
+    """The first three strides of a contiguous `(batch, seqlen, nheads, headdim)`."""
+    return seqlen * nheads * headdim, nheads * headdim, headdim
+
+
 def aligned(*tensors: Any) -> tuple[bool, ...]:
     """Which tensors start at a multiple of 16 bytes."""
     return tuple(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned
+from triflash.kernels.common.launch import Launch, aligned, strides_of
 from triflash.kernels.common.mask import key_range, query_range, visible
 from triflash.kernels.common.tiles import load_tile, store_tile
 from triflash.kernels.v1.softmax import load_statistics
@@ -187,7 +187,7 @@ def _prepare(
 ) -> tuple[Launch, Launch]:
     strides = (
         *stride_q[:3], *stride_k[:3], *stride_v[:3],
-        *_strides(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3],
+        *strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3],
     )  # fmt: skip
     lengths = (spec.group_size, spec.seqlen_q, spec.seqlen_k)
     blocks = (tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal)
@@ -198,8 +198,8 @@ def _prepare(
     dkdv = Launch(
         dkdv_kernel,
         triton.cdiv(spec.seqlen_k, config.block_n) * spec.nheads_k * spec.batch,
-        (spec.softmax_scale, *strides, *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim),
-         *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, *lengths),
+        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim),
+         *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, *blocks,
          spec.group_size > 1, has_dlse, precision),
         config,
@@ -209,15 +209,10 @@ def _prepare(
     dq = Launch(
         dq_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
-        (spec.softmax_scale, *strides, *_strides(spec.seqlen_q, spec.nheads, spec.headdim),
+        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_q, spec.nheads, spec.headdim),
          spec.nheads, *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, *blocks,
          spec.seqlen_k % config.block_n != 0, has_dlse, precision),
         config,
     )  # fmt: skip
     return dkdv, dq
-
-
-def _strides(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
-    """The first three strides of a contiguous `(batch, seqlen, nheads, headdim)`."""
-    return seqlen * nheads * headdim, nheads * headdim, headdim

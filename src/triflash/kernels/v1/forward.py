@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned
+from triflash.kernels.common.launch import Launch, aligned, strides_of
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.tiles import load_tile, store_tile
 from triflash.kernels.v1.softmax import update
@@ -107,11 +107,7 @@ def _prepare(
     aligned_qkv: tuple[bool, ...],
 ) -> Launch:
     config = tuning.v1_forward(spec, target)
-    stride_o = (
-        spec.seqlen_q * spec.nheads * spec.headdim_v,
-        spec.nheads * spec.headdim_v,
-        spec.headdim_v,
-    )
+    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     return Launch(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
+from triflash.kernels.common.launch import (
+    Launch,
+    aligned,
+    strides_of,
+    tile_descriptor,
+    tma_can_read,
+)
 from triflash.kernels.common.mask import key_range, query_range, visible
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.tiles import load_tile, store_tile
@@ -229,7 +235,7 @@ def _prepare(
     delta = Launch(
         delta_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
-        (*_strides(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3], spec.nheads,
+        (*strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3], spec.nheads,
          spec.seqlen_q),
         (spec.headdim_v, config.block_m, block_dv, aligned_dlse is not False),
         config,
@@ -239,8 +245,8 @@ def _prepare(
     dkdv = Launch(
         dkdv_kernel,
         triton.cdiv(spec.seqlen_k, config.block_n) * keys,
-        (spec.softmax_scale, *strides, *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim),
-         *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
+        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim),
+         *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.group_size > 1, spec.seqlen_q % config.block_m != 0, precision,
@@ -252,15 +258,10 @@ def _prepare(
     dq = Launch(
         dq_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
-        (spec.softmax_scale, *strides, *_strides(spec.seqlen_q, spec.nheads, spec.headdim),
+        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_q, spec.nheads, spec.headdim),
          spec.nheads, spec.group_size, *lengths),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.seqlen_k % config.block_n != 0, precision, use_tma),
         config,
     )  # fmt: skip
     return delta, dkdv, dq
-
-
-def _strides(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
-    """The first three strides of a contiguous `(batch, seqlen, nheads, headdim)`."""
-    return seqlen * nheads * headdim, nheads * headdim, headdim

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
+from triflash.kernels.common.launch import (
+    Launch,
+    aligned,
+    strides_of,
+    tile_descriptor,
+    tma_can_read,
+)
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.tiles import load_tile, store_tile
@@ -116,11 +122,7 @@ def _prepare(
     use_tma: bool,
 ) -> Launch:
     config = tuning.v2_forward(spec, target, use_tma)
-    stride_o = (
-        spec.seqlen_q * spec.nheads * spec.headdim_v,
-        spec.nheads * spec.headdim_v,
-        spec.headdim_v,
-    )
+    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     return Launch(
         forward_kernel,

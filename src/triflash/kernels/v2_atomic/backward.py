@@ -22,7 +22,13 @@ import triton
 import triton.language as tl
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, tile_descriptor, tma_can_read
+from triflash.kernels.common.launch import (
+    Launch,
+    aligned,
+    strides_of,
+    tile_descriptor,
+    tma_can_read,
+)
 from triflash.kernels.common.mask import query_range, visible
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.tiles import load_tile, store_tile
@@ -194,7 +200,7 @@ def _prepare(
     delta = Launch(
         delta_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
-        (*_strides(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3], spec.nheads,
+        (*strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3], spec.nheads,
          spec.seqlen_q),
         (spec.headdim_v, config.block_m, block_dv, aligned_dlse is not False),
         config,
@@ -205,8 +211,8 @@ def _prepare(
         backward_kernel,
         triton.cdiv(spec.seqlen_k, config.block_n) * spec.nheads_k * spec.batch,
         (spec.softmax_scale, *stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_dout[:3],
-         *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim),
-         *_strides(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
+         *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim),
+         *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
          spec.seqlen_q, spec.seqlen_k),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.group_size > 1, spec.seqlen_k % config.block_n != 0,
@@ -214,8 +220,3 @@ def _prepare(
         config,
     )  # fmt: skip
     return delta, backward
-
-
-def _strides(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
-    """The first three strides of a contiguous `(batch, seqlen, nheads, headdim)`."""
-    return seqlen * nheads * headdim, nheads * headdim, headdim
