@@ -69,6 +69,18 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "to run a single case, in which the others have their defaults. The exit status is 1 if "
         "an error is over its budget, or if nothing could be checked."
     )
+    case = add_case_arguments(parser)
+    case.add_argument("--dtype", choices=DTYPES, help="of q, k and v (default: float16)")
+    parser.add_argument(
+        "--implementation", metavar="NAME", help="only this one (default: every one there is)"
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: a GPU if there is one)"
+    )
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags of a case but for its dtype, in a group of their own; see `case_of`."""
     case = parser.add_argument_group("the case")
     for flag, default, meaning in (
         ("--batch-size", 4, "sequences"),
@@ -79,24 +91,28 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         ("--head-dim", 64, "dimension of a head"),
     ):
         text = meaning if default is None else f"{meaning} (default: {default})"
-        case.add_argument(flag, type=_count, metavar="N", help=text)
+        case.add_argument(flag, type=count, metavar="N", help=text)
     case.add_argument(
         "--causal", action="store_true", default=None, help="mask aligned to the bottom right"
     )
-    case.add_argument("--dtype", choices=DTYPES, help="of q, k and v (default: float16)")
-    parser.add_argument(
-        "--implementation", metavar="NAME", help="only this one (default: every one there is)"
-    )
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: a GPU if there is one)"
-    )
+    return case
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """The type of an argument that is a whole number of at least 1."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return number
+
+
+def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse all of `arguments`; an error about an unknown one lists the flags there are."""
+    args, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"unknown: {' '.join(unknown)}; the flags are {', '.join(flags)}")
+    return args
 
 
 def info() -> int:
@@ -201,7 +217,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from triflash import registry
     from triflash.target import target_of
 
-    device = _device(args.device, parser)
+    device = device_of(args.device, parser)
     target = target_of(device)
     single = _case(args)
     cases = (
@@ -308,14 +324,19 @@ def _case(args: argparse.Namespace) -> Case | None:
     """The case that the flags describe, None if there are none."""
     import torch
 
-    from triflash.testing import Case
-
     flags = (
         args.batch_size, args.num_heads, args.num_heads_k, args.seq_len, args.seq_len_k,
         args.head_dim, args.causal, args.dtype,
     )  # fmt: skip
     if all(flag is None for flag in flags):
         return None
+    return case_of(args, getattr(torch, args.dtype or "float16"))
+
+
+def case_of(args: argparse.Namespace, dtype: torch.dtype, allow_tf32: bool = False) -> Case:
+    """The case of the flags of `add_case_arguments`, with the defaults of SEEDS 4.7."""
+    from triflash.testing import Case
+
     nheads = args.num_heads or 8
     seqlen = args.seq_len or 512
     return Case(
@@ -325,7 +346,8 @@ def _case(args: argparse.Namespace) -> Case | None:
         nheads=nheads,
         nheads_k=args.num_heads_k or nheads,
         headdim=args.head_dim or 64,
-        dtype=getattr(torch, args.dtype or "float16"),
+        dtype=dtype,
+        allow_tf32=allow_tf32,
         causal=bool(args.causal),
     )
 
@@ -356,7 +378,8 @@ def _cases(small: bool) -> list[Case]:
     ]
 
 
-def _device(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
+def device_of(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
+    """The device that `--device` names, a GPU if it names none and there is one."""
     import torch
 
     if name is None:
@@ -386,15 +409,20 @@ def _given(args: argparse.Namespace) -> list[str]:
 
 
 def _in_interpreter(arguments: list[str], device: torch.device) -> int:
-    """This command in a new process whose kernels run in Triton's interpreter.
-
-    Triton reads the switch when it defines a kernel, so it has to be set before.
-    """
+    """This command in a new process whose kernels run in Triton's interpreter, which it says."""
     why = "--device is cpu" if device.type == "cpu" and "--device" in arguments else "no GPU"
     print(
         f"triflash: {why}, so the kernels run in Triton's interpreter (TRITON_INTERPRET=1): "
         "the same code and arithmetic, but slow.",
         flush=True,
     )
+    return run_in_interpreter(arguments)
+
+
+def run_in_interpreter(arguments: list[str]) -> int:
+    """`triflash` with these arguments in a new process, for Triton's interpreter.
+
+    Triton reads the switch when it defines a kernel, so it has to be set before.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     return subprocess.call([sys.executable, "-m", "triflash", *arguments], env=environment)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triflash import cli
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from triflash.bench.cases import Plan, Preset
     from triflash.bench.record import Record
     from triflash.bench.runner import Job, Session
-    from triflash.testing import Case
 
 FORMATS = ("table", "markdown", "json", "csv")
 INTERRUPTED = 130  # as shells say it
@@ -32,10 +30,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
 
         return report.main(arguments[1:], f"{parser.prog} report")
     add_arguments(parser)
-    args, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown: {' '.join(unknown)}; the flags are {', '.join(flags)}")
+    args = cli.parse_known(parser, arguments)
     return run(args, list(arguments), parser)
 
 
@@ -55,20 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`triflash bench report FILES` makes pictures, a page and README tables of JSON files."
     )
     parser.add_argument("preset", nargs="*", metavar="PRESET", help="what to measure; see below")
-    case = parser.add_argument_group("the case")
-    for flag, default, meaning in (
-        ("--batch-size", "4", "sequences"),
-        ("--num-heads", "8", "query heads"),
-        ("--num-heads-k", None, "key and value heads (default: as many as query heads)"),
-        ("--seq-len", "512", "queries"),
-        ("--seq-len-k", None, "keys (default: as many as queries)"),
-        ("--head-dim", "64", "dimension of a head"),
-    ):
-        text = meaning if default is None else f"{meaning} (default: {default})"
-        case.add_argument(flag, type=_count, metavar="N", help=text)
-    case.add_argument(
-        "--causal", action="store_true", default=None, help="mask aligned to the bottom right"
-    )
+    case = cli.add_case_arguments(parser)
     case.add_argument("--dtype", choices=record.DTYPES, help="default: float16")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -79,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--sustained", action="store_true", help="long enough for the power limit: to compare"
     )
-    how.add_argument("--rounds", type=_count, metavar="N", help="rounds of each contestant")
+    how.add_argument("--rounds", type=cli.count, metavar="N", help="rounds of each contestant")
     how.add_argument(
-        "--time-limit", type=_count, metavar="S",
+        "--time-limit", type=cli.count, metavar="S",
         help="begin nothing new after so many seconds; the same command goes on from --output",
     )  # fmt: skip
     how.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: a GPU)")
@@ -96,13 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--overwrite", action="store_true", help="forget what --output holds")
 
 
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return number
-
-
 def run(args: argparse.Namespace, given: list[str], parser: argparse.ArgumentParser) -> int:
     from rich.console import Console
 
@@ -113,13 +88,14 @@ def run(args: argparse.Namespace, given: list[str], parser: argparse.ArgumentPar
         parser.error(f"--markdown and --format {args.format} contradict each other")
     shape = "markdown" if args.markdown else args.format or "table"
     names = _contestants(args.contestants, parser)
-    device = _device(args.device, parser)
+    device = cli.device_of(args.device, parser)
     presets, shrink = _presets(args, parser, runner.on_gpu(device))
     console = Console(stderr=True, highlight=False)
 
     target = target_of(device)
     if target.has_triton and not target.runs_kernels:
-        return _in_interpreter(given, console)
+        console.print("triflash: no GPU, so the kernels run in Triton's interpreter.")
+        return cli.run_in_interpreter(["bench", *given])
     if not runner.on_gpu(device):
         sizes = "tiny sizes, and " if shrink else ""
         console.print(
@@ -174,12 +150,6 @@ def _contestants(text: str | None, parser: argparse.ArgumentParser) -> list[str]
     return list(dict.fromkeys(names))
 
 
-def _device(name: str | None, parser: argparse.ArgumentParser) -> Any:
-    from triflash import cli
-
-    return cli._device(name, parser)
-
-
 def _presets(
     args: argparse.Namespace, parser: argparse.ArgumentParser, on_gpu: bool
 ) -> tuple[list[Preset], bool]:
@@ -207,7 +177,7 @@ def _presets(
         wanted["dtype"], wanted["allow_tf32"] = dtype_options(args.dtype)
     given = any(value is not None for value in wanted.values())
     if not names:
-        case = _case(args)
+        case = cli.case_of(args, *dtype_options(args.dtype or "float16"))
         try:
             case.spec()
         except ValueError as error:
@@ -238,26 +208,6 @@ def _extent(preset: Preset) -> str:
     }
     return "; ".join(
         f"{flag} {', '.join(map(str, dict.fromkeys(all_of)))}" for flag, all_of in values.items()
-    )
-
-
-def _case(args: argparse.Namespace) -> Case:
-    """The case of one's own, with the defaults of SEEDS 4.7."""
-    from triflash.bench.record import dtype_options
-    from triflash.testing import Case
-
-    dtype, allow_tf32 = dtype_options(args.dtype or "float16")
-    nheads, seqlen = args.num_heads or 8, args.seq_len or 512
-    return Case(
-        batch=args.batch_size or 4,
-        seqlen_q=seqlen,
-        seqlen_k=args.seq_len_k or seqlen,
-        nheads=nheads,
-        nheads_k=args.num_heads_k or nheads,
-        headdim=args.head_dim or 64,
-        dtype=dtype,
-        allow_tf32=allow_tf32,
-        causal=bool(args.causal),
     )
 
 
@@ -393,11 +343,3 @@ def _print_rich(records: list[Record]) -> None:
             console.print(escape(note), style="dim")
         console.print()
     console.print(escape(tables.where(records)), style="dim")
-
-
-def _in_interpreter(arguments: list[str], console: Console) -> int:
-    """This command in a process of its own: Triton looks at the switch when it defines kernels."""
-    console.print("triflash: no GPU, so the kernels run in Triton's interpreter.")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "triflash", "bench", *arguments]
-    return subprocess.call(command, env=environment)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from triflash import cli
 from triflash.bench import record
 from triflash.bench.record import Record
 
@@ -41,10 +42,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
         "--documents", nargs="*", type=Path, default=[], metavar="FILE",
         help="Markdown files whose tables to rewrite, such as README.md",
     )  # fmt: skip
-    args, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown: {' '.join(unknown)}; the flags are {', '.join(flags)}")
+    args = cli.parse_known(parser, arguments)
     missing = [str(path) for path in [*args.files, *args.documents] if not path.is_file()]
     if missing:
         parser.error(f"no such file: {', '.join(missing)}")
