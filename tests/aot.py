@@ -6,9 +6,9 @@ what the configuration for that target would launch, with the same specialisatio
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,8 +66,8 @@ class Compiled:
 def recorded(target: Target, row: registry.Implementation):
     """Collect the row's launches for `target` instead of running them."""
     launches: list[RecordedLaunch] = []
-    loaded = (row.load_forward(), row.load_backward()) if row.backward else (row.load_forward(),)
-    modules = [sys.modules[function.__module__] for function in loaded]
+    paths = filter(None, (row.forward, row.backward, row.wide_backward))
+    modules = [importlib.import_module(path.split(":")[0]) for path in paths]
 
     def record(launch, *tensors):
         args = (*tensors, *launch.scalars)
@@ -119,7 +119,7 @@ def record_call(
         if row.backward is not None:
             gradient = torch.empty_like(lse) if dlse else None
             dout = torch.empty_like(out)
-            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec)
+            row.load_backward(spec)(dout, gradient, q, k, v, out, lse, saved, spec)
     return launches
 
 

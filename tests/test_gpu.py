@@ -19,6 +19,7 @@ from helpers import (
     every_kernel_row,
     every_row,
     skip_unsupported,
+    unexplained_races,
 )
 
 from triflash import attention, registry, testing
@@ -294,7 +295,8 @@ def test_compute_sanitizer(implementation, tool, device):
         "from triflash.testing import *\n"
         "for headdim in (33, 40, 128):\n"
         "    case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=headdim, causal=True)\n"
-        f"    run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
+        f"    if unsupported(case, {implementation!r}, 'cuda') is None:\n"
+        f"        run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(
@@ -305,4 +307,8 @@ def test_compute_sanitizer(implementation, tool, device):
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True, text=True, timeout=540,
     )  # fmt: skip
+    if tool == "racecheck" and implementation == "v3" and result.returncode == 9:
+        races = unexplained_races(result.stdout)
+        assert not races, "\n".join(races)
+        return
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

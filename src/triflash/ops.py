@@ -40,7 +40,8 @@ def _forward(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+    bases = _aligned_bases(q, k, v)
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
     row = registry.resolve(implementation, spec, target_of(q.device))
     with _on_device_of(q):
         return row.load_forward()(q, k, v, spec)
@@ -61,7 +62,8 @@ def _backward(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+    bases = _aligned_bases(q, k, v)
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
     row = registry.resolve(implementation, spec, target_of(q.device))
     # Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0.
     if dout.stride(-1) != 1:
@@ -69,7 +71,11 @@ def _backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     with _on_device_of(q):
-        return row.load_backward()(dout, dlse, q, k, v, out, lse, saved, spec)
+        return row.load_backward(spec)(dout, dlse, q, k, v, out, lse, saved, spec)
+
+
+def _aligned_bases(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

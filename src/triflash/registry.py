@@ -32,7 +32,15 @@ class Implementation:
         needs_kernels: runs Triton kernels, so needs a GPU or the interpreter.
         auto: "auto" may pick it; the others are there to be read and compared, and run by name.
         deterministic: gradients are bitwise the same in every run.
+        obeys_deterministic: with deterministic=True they are, even if not else.
         nvidia_only: runs what Triton and its interpreter cannot stand in for.
+        archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
+        headdim_multiple: what head dimensions must be a multiple of.
+        needs_tma: q, k and v must lie as TMA reads them, see AttentionSpec.tma.
+        max_headdim_backward: largest head dimension of `backward`, None for `max_headdim`.
+        wide_backward: the backward above that, borrowed from a row that saves the same.
+        pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
+            run; None for always.
         extra: the optional dependency that brings `packages`, and those by their import names.
     """
 
@@ -46,7 +54,14 @@ class Implementation:
     needs_kernels: bool = True
     auto: bool = True
     deterministic: bool = True
+    obeys_deterministic: bool = False
     nvidia_only: bool = False
+    archs: tuple[str, ...] = ()
+    headdim_multiple: int = 1
+    needs_tma: bool = False
+    max_headdim_backward: int | None = None
+    wide_backward: str | None = None
+    pays: str | None = None
     extra: str | None = None
     packages: tuple[str, ...] = ()
 
@@ -57,7 +72,12 @@ class Implementation:
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
-        if spec.deterministic and not self.deterministic:
+        if spec.headdim % self.headdim_multiple or spec.headdim_v % self.headdim_multiple:
+            return (
+                f"{self.name} takes head dimensions that are multiples of {self.headdim_multiple}, "
+                f"not {spec.headdim} and {spec.headdim_v}."
+            )
+        if spec.deterministic and not (self.deterministic or self.obeys_deterministic):
             return (
                 f"{self.name} refuses deterministic=True: it adds to dq atomically, in an order "
                 "that differs from run to run; v2 makes the same gradients deterministically."
@@ -66,6 +86,9 @@ class Implementation:
             return None
         if self.nvidia_only and target.kind != "cuda":
             return f"{self.name} runs on NVIDIA GPUs only, and q is on {target.kind}."
+        if self.archs and (target.interpreter or target.arch not in self.archs):
+            where = "Triton's interpreter" if target.interpreter else target.arch or target.kind
+            return f"{self.name} runs on {', '.join(self.archs)} only, not on {where}."
         if not all(_installed(package) for package in self.packages):
             return f"{self.name} needs the optional packages: pip install triflash[{self.extra}]."
         if not target.has_triton:
@@ -83,18 +106,43 @@ class Implementation:
             )
         if not target.interpreter and target.kind == "cuda" and target.sm < 80:
             return f"{self.name} needs an NVIDIA GPU of sm_80 (Ampere) or later, not {target.arch}."
+        if self.needs_tma and not spec.tma:
+            return (
+                f"{self.name} loads by TMA, which needs q, k and v to start at multiples of 16 "
+                "bytes and to have strides that are multiples of 16 bytes and not 0; v2 reads any "
+                "layout."
+            )
         return None
 
     def load_forward(self) -> Callable[..., Any]:
         return _load(self.forward)
 
-    def load_backward(self) -> Callable[..., Any]:
+    def load_backward(self, spec: AttentionSpec | None = None) -> Callable[..., Any]:
+        """The backward of calls like `spec`, or of those with narrow heads."""
         if self.backward is None:
             raise NotImplementedError(f"{self.name} has no backward.")
-        return _load(self.backward)
+        widest = self.max_headdim_backward
+        wide = spec and widest is not None and max(spec.headdim, spec.headdim_v) > widest
+        return _load(self.wide_backward if wide and self.wide_backward else self.backward)
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        name="v3",
+        summary="FlashAttention-3 for Hopper in Gluon; v2's backward for head dimensions above 128",
+        forward="triflash.kernels.v3.forward:forward",
+        backward="triflash.kernels.v3.backward:backward",
+        dtypes=(torch.float16, torch.bfloat16),
+        deterministic=False,  # dq is added up in any order
+        obeys_deterministic=True,
+        nvidia_only=True,
+        archs=("sm_90",),
+        headdim_multiple=8,  # rows of 16 bytes, for TMA
+        needs_tma=True,
+        max_headdim_backward=128,
+        wide_backward="triflash.kernels.v2.backward:backward",
+        pays="triflash.tuning:v3_pays",
+    ),
     Implementation(
         name="v2",
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
@@ -193,7 +241,9 @@ def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
             continue
         reason = row.supports(spec, target)
         if reason is None:
-            return row
+            if row.pays is None or _load(row.pays)(spec, target):
+                return row
+            continue
         reasons.append(reason)
     raise NotImplementedError(" ".join(reasons))
 

@@ -17,7 +17,8 @@ class AttentionSpec:
     """A validated attention call, without its tensors.
 
     Tensors are `(batch, seqlen, nheads, headdim)`; `headdim` is that of q and k, `headdim_v` that
-    of v and out. docs/semantics.md states what each field means.
+    of v and out. docs/semantics.md states what each field means. `tma`: q, k and v lie in memory as
+    TMA can read them, which is no part of the call's meaning (docs/adr/0010).
     """
 
     batch: int
@@ -32,6 +33,7 @@ class AttentionSpec:
     causal: bool = False
     deterministic: bool = False
     allow_tf32: bool = False
+    tma: bool = True
 
     @property
     def group_size(self) -> int:
@@ -47,8 +49,13 @@ def make_spec(
     causal: bool,
     deterministic: bool,
     allow_tf32: bool,
+    aligned_bases: bool = True,
 ) -> AttentionSpec:
     """Validate a call by its metadata alone and give its spec.
+
+    Args:
+        aligned_bases: q, k and v start at multiples of 16 bytes. Only who has the memory, as
+            operators do, can know.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not floating point or not supported.
@@ -63,8 +70,8 @@ def make_spec(
         q.shape, k.shape, v.shape,
         q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device,
-        q.stride()[-1:], k.stride()[-1:], v.stride()[-1:],
-        softmax_scale, causal, deterministic, allow_tf32,
+        q.stride(), k.stride(), v.stride(),
+        softmax_scale, causal, deterministic, allow_tf32, aligned_bases,
     )  # fmt: skip
 
 
@@ -79,13 +86,14 @@ def _validate(
     q_device: torch.device,
     k_device: torch.device,
     v_device: torch.device,
-    q_last: tuple[int, ...],
-    k_last: tuple[int, ...],
-    v_last: tuple[int, ...],
+    q_stride: tuple[int, ...],
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
     softmax_scale: float | None,
     causal: bool,
     deterministic: bool,
     allow_tf32: bool,
+    aligned_bases: bool,
 ) -> AttentionSpec:
     shapes = (("q", q_shape), ("k", k_shape), ("v", v_shape))
     for name, shape in shapes:
@@ -119,14 +127,11 @@ def _validate(
     for name, size in (("headdim of q and k", headdim), ("headdim of v", headdim_v)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    for name, shape, last in (
-        ("q", q_shape, q_last),
-        ("k", k_shape, k_last),
-        ("v", v_shape, v_last),
-    ):
-        if last[0] != 1 and shape[3] > 1:
+    layouts = (("q", q_shape, q_stride), ("k", k_shape, k_stride), ("v", v_shape, v_stride))
+    for name, shape, stride in layouts:
+        if stride[3] != 1 and shape[3] > 1:
             raise ValueError(
-                f"{name} must have a contiguous last dimension (stride 1), got stride {last[0]}; "
+                f"{name} must have a contiguous last dimension (stride 1), got stride {stride[3]}; "
                 f"call {name}.contiguous() first"
             )
     if softmax_scale is None:
@@ -159,4 +164,18 @@ def _validate(
         causal=causal,
         deterministic=deterministic,
         allow_tf32=allow_tf32,
+        # While compiling, strides may be symbols; the operator will see numbers.
+        tma=torch.compiler.is_compiling()
+        or (aligned_bases and all(_tma_can_read(s, st, q_dtype) for _, s, st in layouts)),
+    )
+
+
+def _tma_can_read(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Strides are multiples of 16 bytes and not 0, but for dimensions of size 1, where any will do.
+
+    Nothing is read of an empty tensor.
+    """
+    return 0 in shape or all(
+        n == 1 or (s > 0 and s * dtype.itemsize % 16 == 0)
+        for n, s in zip(shape[:3], stride[:3], strict=True)
     )

@@ -69,7 +69,10 @@ class Case:
 
     def spec(self) -> AttentionSpec:
         """The validated spec; raises what a call with such inputs would raise."""
-        q, k, v, _ = (torch.empty(s, dtype=self.dtype, device="meta") for s in self.shapes())
+        q, k, v, _ = (
+            laid_out(torch.empty(s, dtype=self.dtype, device="meta"), self.layout)
+            for s in self.shapes()
+        )
         return make_spec(q, k, v, self.softmax_scale, self.causal, False, self.allow_tf32)
 
     def __str__(self) -> str:

@@ -25,6 +25,52 @@ class TileConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class HopperConfig:
+    """How v3's forward runs.
+
+    Attributes:
+        block_n: keys a step.
+        stages: blocks of k, and of v, in shared memory.
+        consumers: warpgroups of 64 queries each.
+        dynamic: programs draw their tiles from a counter.
+        section: heads that are worked on together.
+        pin: keep the wait for p v behind the softmax.
+        alias: out leaves through the shared memory of q, where that is scarce.
+        num_warps, num_stages: Triton's options; the warps are those of one consumer.
+    """
+
+    block_n: int
+    stages: int
+    consumers: int
+    dynamic: bool
+    section: int
+    pin: bool
+    alias: bool = False
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """How v3's backward runs.
+
+    Attributes:
+        block_m: queries a step.
+        width: what headdim and headdim_v are filled up to in shared memory.
+        stages: blocks of q, and of dout, in shared memory.
+        late_dv: the product for dv is issued behind ds.
+        num_warps, num_stages: Triton's options; the warps are those of one consumer.
+    """
+
+    block_m: int
+    width: int
+    stages: int
+    late_dv: bool
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 def block_d(headdim: int) -> int:
     """The tile width for a head dimension: a power of two, and at least tl.dot's minimum of 16."""
     return max(16, 1 << (headdim - 1).bit_length())
@@ -41,12 +87,11 @@ def tma_pays(spec: AttentionSpec, target: Target) -> bool:
     It makes v2's kernels 2-25% faster on Hopper (measured), but building three descriptors costs
     the host about 30 us a call (measured), which a problem of less than about 100 us cannot hide.
     """
-    flops = 4 * spec.batch * spec.nheads * spec.seqlen_q * spec.seqlen_k * spec.headdim
     return (
         target.sm == 90
         and not target.interpreter
         and spec.dtype != torch.float32
-        and flops * (0.5 if spec.causal else 1.0) > 4e10
+        and _flops(spec) > 4e10
     )
 
 
@@ -134,6 +179,64 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     if _has_227_kib(target):
         return TileConfig(128, 32, 8, 2)
     return TileConfig(64, 32, 8, 1) if target.sm == 80 else TileConfig(32, 32, 4, 1)
+
+
+def v3_pays(spec: AttentionSpec, target: Target) -> bool:
+    """Whether "auto" takes v3 where it can run: where it was measured, and is not slower than v2.
+
+    From 1024 on its forward is 1.03 to 1.4 times as fast as v2's, and its backward 1.16 to 1.4
+    times. The exception is d64 causal at 1024, whose forward is 4% slower, its backward 16% faster.
+    A backward costs the host 61 us against 38, which little work cannot hide.
+    """
+    return min(spec.seqlen_q, spec.seqlen_k) >= 1024 and _flops(spec) > 4e10
+
+
+def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
+    """v3's forward, on sm_90 alone.
+
+    Measured at 1024, 4096 and 16384. Drawing tiles from a counter: causal 547 and 616 against 477
+    and 531 at d128, but full 449 and 475 against 480 and 519 at d64. `pin`: full 480 and 519
+    against 459 and 497 at d64, causal 577 and 643 against 565 and 628 at d256, no difference in
+    other causal cells; without it full 612 and 634 against 595 and 612 at d128, 669 and 700 against
+    632 and 651 at d256.
+    """
+    d = _widest(spec)
+    section = 1
+    if spec.causal:
+        # Heads whose longest tiles come together: as many as leave k and v in L2, 50 MB of it.
+        # Measured: 256, 409 and 482 against 241, 376 and 467 with all heads at once at d64.
+        bytes_kv = 2 * spec.seqlen_k * (spec.headdim + spec.headdim_v)
+        section = max(1, _SECTION_BYTES // bytes_kv) * spec.group_size
+    pin = spec.causal or d <= 64
+    if d <= 64:
+        # Measured: three warpgroups 409 and 482 causal against 387 and 429, full 480 and 519
+        # against 428 and 431; but at 1024 two give 280 against 256 causal, the same full.
+        consumers = 2 if spec.causal and spec.seqlen_q < 2048 else 3
+        return HopperConfig(128, 2, consumers, spec.causal, section, pin)
+    if d <= 128:
+        # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
+        return HopperConfig(128, 2, 2, spec.causal, section, pin)
+    # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
+    # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
+    alias = block_d(spec.headdim) == block_d(spec.headdim_v)
+    return HopperConfig(64, 2, 2, spec.causal, section, pin, alias)
+
+
+def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
+    """v3's backward, on sm_90 alone, head dimensions up to 128."""
+    if _widest(spec) <= 64:
+        return HopperBackwardConfig(128, 64, 2, late_dv=False)
+    # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
+    # 306, 464 and 548 causal. 128 queries a step do not fit the registers.
+    return HopperBackwardConfig(64, 128, 2, late_dv=True)
+
+
+def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:
+    """The kernels before and behind it, which are bound by memory and tiled like it."""
+    return TileConfig(1, 1, 4, 1)
+
+
+_SECTION_BYTES = 32 * 2**20
 
 
 def v1_forward(spec: AttentionSpec, target: Target) -> TileConfig:
@@ -245,6 +348,12 @@ def v2_atomic(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
 
 # Small tiles, so that short tests still cross several blocks.
 _INTERPRETER = TileConfig(32, 32, 4, 1)
+
+
+def _flops(spec: AttentionSpec) -> float:
+    """Of the forward."""
+    flops = 4 * spec.batch * spec.nheads * spec.seqlen_q * spec.seqlen_k * spec.headdim
+    return flops * (0.5 if spec.causal else 1.0)
 
 
 def _widest(spec: AttentionSpec) -> int:

@@ -1,0 +1,124 @@
+"""TMA in Gluon: descriptors of attention tensors, loads, and the reduction that Gluon lacks."""
+
+from typing import Any
+
+import torch
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
+    """Add a tile in shared memory to the descriptor's tensor, as one bulk operation of L2.
+
+    Gluon 3.6 has the operation but no name for it; later versions have. tma.store_wait waits for
+    its reads of shared memory.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle
+    )
+
+
+@gluon.jit
+def wait_for_reductions():
+    """Until this thread's reductions are in memory; tma.store_wait only waits for their reads."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def fence_async_global():
+    """Orders reductions of TMA and other accesses of global memory, both ways."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def meet(THREADS: gl.constexpr):
+    """A barrier of the threads of several partitions, which Gluon has no name for.
+
+    Triton uses the hardware's barriers from 0 upwards, so this one is far from them.
+    """
+    gl.inline_asm_elementwise(
+        _BAR_SYNC(THREADS), "=r", [], gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _BAR_SYNC(threads):
+    return f"bar.sync 14, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def load(desc, batch, head, row, bar, smem):
+    """TMA of one tile [1, 1, rows, headdim] at (batch, head, row, 0); bar already expects it."""
+    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], bar, smem)
+
+
+@gluon.jit
+def buffers(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor."""
+    TILE_ROWS: gl.constexpr = desc.block_type.shape[2]
+    WIDTH: gl.constexpr = desc.block_type.shape[3]
+    return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, 1, TILE_ROWS, WIDTH], desc.layout)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def tile(ring, slot):
+    """Slot of a ring as [rows, headdim]."""
+    return ring.index(slot).reshape([ring.shape[3], ring.shape[4]])
+
+
+def view(
+    shape: tuple[int, ...], stride: tuple[int, ...], rows: int, width: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A descriptor's fields: `(batch, nheads, seqlen, headdim)` in tiles of [1, 1, rows, width].
+
+    Four dimensions, so that what lies past a sequence, a head or headdim is loaded as zero and
+    never stored to.
+    """
+    batch, seqlen, nheads, headdim = shape
+    # The stride of a dimension of size 1 may be junk, which TMA would refuse.
+    strides = [s if n > 1 else 16 for n, s in zip(shape[:3], stride[:3], strict=True)]
+    block = [1, 1, rows, width]
+    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return {
+        "shape": [batch, nheads, seqlen, headdim],
+        "strides": [strides[0], strides[2], strides[1], 1],
+        "block_shape": block,
+        "layout": gl.NVMMASharedLayout.get_default_for(block, element),
+        "padding": "zero",
+    }
+
+
+def flat_view(rows: int, columns: int, block_rows: int) -> dict[str, Any]:
+    """A descriptor's fields: float32 `(rows, columns)` in tiles of [block_rows, columns]."""
+    return {
+        "shape": [rows, columns],
+        "strides": [columns, 1],
+        "block_shape": [block_rows, columns],
+        "layout": gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2),
+        "padding": "zero",
+    }
+
+
+def at(fields: dict[str, Any], tensor: torch.Tensor) -> TensorDescriptor:
+    """The descriptor of a view at `tensor`, without the checks of its constructor (about 5 us)."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
