@@ -70,7 +70,7 @@ def recorded(target: Target, row: registry.Implementation):
     modules = [importlib.import_module(path.split(":")[0]) for path in paths]
 
     def record(launch, *tensors):
-        args = (*tensors, *launch.scalars)
+        args = tuple(launch.arguments(tensors)[: -len(launch.constexprs)])
         launches.append(
             RecordedLaunch(launch.kernel, launch.grid, args, launch.constexprs, launch.config)
         )

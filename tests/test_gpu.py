@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -142,6 +143,13 @@ def test_compile_with_cuda_graphs(implementation, device):
         assert torch.equal(compiled(inputs.q, inputs.k, inputs.v), expected)
 
 
+def _allocated() -> int:
+    """Bytes in use once all is done and garbage, such as other tests' graphs, is gone."""
+    torch.cuda.synchronize()
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
 def _peak(implementation: str, seqlen: int, device: torch.device) -> tuple[int, int]:
     """Bytes above the inputs in forward and backward, and what out, lse, grads and delta take."""
     case = Case(
@@ -152,9 +160,8 @@ def _peak(implementation: str, seqlen: int, device: torch.device) -> tuple[int, 
     inputs = make_inputs(case, device)
     leaves = tuple(t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
     for _ in range(2):  # the first compiles
-        torch.cuda.synchronize()
+        before = _allocated()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         out = attention(*leaves, causal=True, implementation=implementation)
         grads = torch.autograd.grad(out, leaves, inputs.dout)
         torch.cuda.synchronize()
@@ -177,12 +184,10 @@ def test_memory_does_not_leak(implementation, device):
     skip_unsupported(CASE, implementation, device)
     inputs = make_inputs(CASE, device)
     run_case(CASE, inputs, implementation)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = _allocated()
     for _ in range(50):
         run_case(CASE, inputs, implementation)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
+    assert _allocated() == before
 
 
 @every_kernel_row

@@ -16,7 +16,6 @@ With deterministic=True programs add to a tile of dq in the order of their keys.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -32,11 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, tma_can_read
+from triflash.kernels.common.launch import Launch, aligned, strides_of, tma_can_read
 from triflash.kernels.common.mask import query_range, visible
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.v3.tma import (
-    at,
     barriers,
     buffers,
     fence_async_global,
@@ -412,7 +410,7 @@ def backward(
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
     if not tma_can_read(dout):
-        dout = dout.contiguous()
+        dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
         aligned(dout, out, lse), dlse is not None and aligned(dlse),
@@ -421,20 +419,18 @@ def backward(
     stats = q.new_empty(plan.stats, dtype=torch.float32)
     turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
     plan.before(out, dout, lse, lse if dlse is None else dlse, stats, sums)
-    tensors = (q, k, v, dout, stats, sums, dk, dv)
-    plan.backward(*(at(fields, t) for fields, t in zip(plan.views, tensors, strict=True)), turn)
+    plan.backward(q, k, v, dout, stats, sums, dk, dv, turn)
     plan.after(sums, dq)
     return dq, dk, dv
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches, the fields of the descriptors, and the shapes of the workspaces."""
+    """Launches, and the shapes of the workspaces."""
 
     before: Launch
     backward: Launch
     after: Launch
-    views: tuple[dict[str, Any], ...]
     sums: tuple[int, int]
     stats: tuple[int, int]
     turn: int
@@ -469,14 +465,14 @@ def _prepare(
         view(shape_o, stride_dout, block_m, width, spec.dtype),
         flat_view(*stats, 1),
         flat_view(*sums, PART_ROWS.value),
-        view(shape_k, _strides(shape_k), keys, width, spec.dtype),
-        view(shape_v, _strides(shape_v), keys, width, spec.dtype),
+        view(shape_k, strides_of(*shape_k[1:]), keys, width, spec.dtype),
+        view(shape_v, strides_of(*shape_v[1:]), keys, width, spec.dtype),
     )
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
         tiles,
-        (*_strides(shape_o), *stride_dout[:3], spec.nheads, spec.seqlen_q),
+        (*strides_of(*shape_o[1:]), *stride_dout[:3], spec.nheads, spec.seqlen_q),
         (spec.headdim_v, block_m, width, aligned_dlse is not False),
         around,
     )
@@ -492,6 +488,7 @@ def _prepare(
             ),
         ),
         config,
+        views,
     )  # fmt: skip
     after = Launch(
         after_kernel,
@@ -500,9 +497,4 @@ def _prepare(
         (spec.headdim, block_m, width),
         around,
     )
-    return Plan(before, backward, after, views, sums, stats, tiles)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The first three strides of a contiguous tensor of 4 dimensions."""
-    return shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]
+    return Plan(before, backward, after, sums, stats, tiles)

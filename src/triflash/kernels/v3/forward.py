@@ -12,7 +12,6 @@ once; k and v once for each tile of queries, mostly from L2.
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -24,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.runtime import driver
 
 from triflash import tuning
 from triflash.kernels.common.launch import Launch
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
-from triflash.kernels.v3.tma import at, barriers, buffers, load, tile, view
+from triflash.kernels.v3.tma import barriers, buffers, load, tile, view
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 
@@ -364,13 +364,8 @@ def forward(
         return out, lse, []
     if spec.seqlen_k == 0:
         return out.zero_(), lse.fill_(float("-inf")), []
-    launch, views = _prepare(
-        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride()
-    )
-    launch(
-        at(views[0], q), at(views[1], k), at(views[2], v), at(views[3], out), lse,
-        _counter(q.device),
-    )  # fmt: skip
+    launch = _prepare(spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride())
+    launch(q, k, v, out, lse, _counter(q.device) if launch.constexprs[0].dynamic else lse)
     return out, lse, []
 
 
@@ -382,8 +377,7 @@ def _prepare(
     stride_q: tuple[int, ...],
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
-) -> tuple[Launch, tuple[dict[str, Any], ...]]:
-    """The launch, and q's, k's, v's and out's descriptors but for their base."""
+) -> Launch:
     config = tuning.v3_forward(spec, target)
     tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
     heads = spec.batch * spec.nheads
@@ -406,7 +400,7 @@ def _prepare(
         view(shape_o, stride_o, rows, width_v, spec.dtype),
     )
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
-    launch = Launch(
+    return Launch(
         forward_kernel,
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
@@ -418,8 +412,8 @@ def _prepare(
             ),
         ),
         config,
+        views,
     )  # fmt: skip
-    return launch, views
 
 
 def _counter(device: torch.device) -> torch.Tensor:
@@ -429,7 +423,8 @@ def _counter(device: torch.device) -> torch.Tensor:
     every CUDA graph, which may be replayed beside anything.
     """
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(device).cuda_stream
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
         counter = _counter_of_stream(device, stream)
         if counter is not None:
             return counter
