@@ -287,7 +287,7 @@ def test_calls_do_not_wait_for_the_gpu(implementation, device):
     assert took < 0.3
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 @every_kernel_row
 def test_compute_sanitizer(implementation, tool, device):
     sanitizer = shutil.which("compute-sanitizer")
