@@ -111,9 +111,12 @@ def _attention(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    eager = ops.is_eager(q, k, v)
     if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32)
+        eager = False  # the operator's own rule turns autocast off inside
+    bases = ops.aligned_bases(q, k, v) if eager else True
+    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not torch.compiler.is_compiling():
         row = registry.resolve(implementation, spec, target_of(q.device))
@@ -127,7 +130,10 @@ def _attention(
         k = k.view_as(k) if k is q else k
     options = (spec.softmax_scale, causal, deterministic, allow_tf32, implementation)
     if needs_grad or _transformed():
-        return _Attention.apply(q, k, v, *options)
+        return _Attention.apply(q, k, v, (spec, row) if eager else None, *options)
+    if eager:
+        out, lse, _ = ops.run_forward(q, k, v, spec, row)
+        return out, lse
     out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options)
     return out, lse
 
@@ -143,8 +149,13 @@ class _Attention(torch.autograd.Function):
     """Autograd over the two operators: saves q, k, v, out, lse and what the row asks for."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse, saved = torch.ops.triflash.attention_forward.default(q, k, v, *options)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, eager: tuple[Any, Any] | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if eager is not None:
+            out, lse, saved = ops.run_forward(q, k, v, *eager)
+        else:
+            out, lse, saved = torch.ops.triflash.attention_forward.default(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse, *saved)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -159,7 +170,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _NoSecondDerivative.apply
         dq, dk, dv = gradients(dout, dlse, q, k, v, out, lse, saved, ctx.options)
-        return dq, dk, dv, *[None] * len(ctx.options)
+        return dq, dk, dv, None, *[None] * len(ctx.options)
 
 
 def _gradients(

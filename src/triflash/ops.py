@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from triflash import registry
-from triflash.spec import make_spec
+from triflash.spec import AttentionSpec, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -40,11 +40,32 @@ def _forward(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    bases = _aligned_bases(q, k, v)
+    bases = aligned_bases(q, k, v)
     spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
-    row = registry.resolve(implementation, spec, target_of(q.device))
+    return run_forward(q, k, v, spec, registry.resolve(implementation, spec, target_of(q.device)))
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, row: registry.Implementation
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The body of attention_forward, which may be called without it if `is_eager`."""
     with _on_device_of(q):
         return row.load_forward()(q, k, v, spec)
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Nobody would see or change a call of an operator: no compiler, mode, profiler or subclass.
+
+    Then its body does as well, and dispatching and validating again need not be paid for.
+    """
+    return (
+        all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _backward(
@@ -62,7 +83,7 @@ def _backward(
     allow_tf32: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bases = _aligned_bases(q, k, v)
+    bases = aligned_bases(q, k, v)
     spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
     row = registry.resolve(implementation, spec, target_of(q.device))
     # Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0.
@@ -74,7 +95,7 @@ def _backward(
         return row.load_backward(spec)(dout, dlse, q, k, v, out, lse, saved, spec)
 
 
-def _aligned_bases(*tensors: Tensor) -> bool:
+def aligned_bases(*tensors: Tensor) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
