@@ -45,7 +45,8 @@ def fence_async_global():
 def meet(THREADS: gl.constexpr):
     """A barrier of the threads of several partitions, which Gluon has no name for.
 
-    Triton uses the hardware's barriers from 0 upwards, so this one is far from them.
+    Triton uses the hardware's barriers from 0 upwards, so this one is far from them. Not bar.sync,
+    which promises that all threads come to it at one instruction.
     """
     gl.inline_asm_elementwise(
         _BAR_SYNC(THREADS), "=r", [], gl.int32, is_pure=False, pack=1
@@ -54,7 +55,7 @@ def meet(THREADS: gl.constexpr):
 
 @gluon.constexpr_function
 def _BAR_SYNC(threads):
-    return f"bar.sync 14, {threads}; mov.u32 $0, 0;"
+    return f"barrier.sync 14, {threads}; mov.u32 $0, 0;"
 
 
 @gluon.jit
