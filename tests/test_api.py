@@ -193,10 +193,6 @@ def test_wrong_options_are_refused_again(option, qkv):
     ("option", "value", "sentence"),
     [
         ("dropout_p", 0.1, "dropout"),
-        ("window_size", (128, 0), "window"),
-        ("window_size", (-1, 0), "window"),
-        ("softcap", 30.0, "capped|softcap"),
-        ("alibi_slopes", torch.ones(4), "ALiBi"),
     ],
     ids=str,
 )

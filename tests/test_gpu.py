@@ -44,12 +44,12 @@ def test_side_stream(implementation, device):
     skip_unsupported(CASE, implementation, device)
     inputs = make_inputs(CASE, device)
     expected = run_case(CASE, inputs, implementation)
-    late = Inputs(**{name: torch.zeros_like(t) for name, t in vars(inputs).items()})
+    late = Inputs(**{name: torch.zeros_like(t) for name, t in inputs.tensors.items()})
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # about 0.1 s, in which a wrong stream would run ahead
-        for name, tensor in vars(inputs).items():
+        for name, tensor in inputs.tensors.items():
             getattr(late, name).copy_(tensor)
         got = run_case(CASE, late, implementation)
     stream.synchronize()
@@ -63,7 +63,7 @@ def test_memory_reused_while_a_kernel_runs(implementation, device):
     inputs = make_inputs(CASE, device)
     expected = run_case(CASE, inputs, implementation)
     torch.cuda._sleep(200_000_000)
-    copies = Inputs(**{name: t.clone() for name, t in vars(inputs).items()})
+    copies = Inputs(**{name: t.clone() for name, t in inputs.tensors.items()})
     got = run_case(CASE, copies, implementation)
     del copies
     filler = [torch.full_like(inputs.q, float("nan")) for _ in range(16)]

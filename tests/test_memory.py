@@ -301,10 +301,10 @@ def test_inputs_are_never_modified(implementation, layout, device):
     case = _with(SMALL, layout=layout, with_dlse=True)
     skip_unsupported(case, implementation, device)
     inputs, before = make_inputs(case, device), make_inputs(case, device)
-    versions = {name: tensor._version for name, tensor in vars(inputs).items()}
+    versions = {name: tensor._version for name, tensor in inputs.tensors.items()}
     run_case(case, inputs, implementation)
     assert_bitwise_equal(vars(before), vars(inputs))
-    assert versions == {name: tensor._version for name, tensor in vars(inputs).items()}
+    assert versions == {name: tensor._version for name, tensor in inputs.tensors.items()}
 
 
 @every_differentiable_row
@@ -345,7 +345,7 @@ def test_a_sequence_does_not_depend_on_the_batch(implementation, device):
         pytest.skip("a matrix library may sum in another order for another batch size")
     backward = implementation != "v2_torch"  # its gradients come from such a library
     whole = run_case(case, inputs, implementation, backward)
-    one = Inputs(**{name: tensor[1:2] for name, tensor in vars(inputs).items()})
+    one = Inputs(**{name: tensor[1:2] for name, tensor in inputs.tensors.items()})
     part = {name: tensor[1:2] for name, tensor in whole.items()}
     case = _with(case, batch=1)
     assert_repeated(implementation, case, one, part, run_case(case, one, implementation, backward))

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triflash import nn
+    from triflash import mods, nn
     from triflash.interface import attention, flash_attn_func
     from triflash.registry import implementations
 
 __version__ = "0.1.0"
-__all__ = ["attention", "flash_attn_func", "implementations", "nn"]
+__all__ = ["attention", "flash_attn_func", "implementations", "mods", "nn"]
 
 _MODULES = {
     "attention": "triflash.interface",
@@ -27,8 +27,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
-    elif name == "nn":
-        value = importlib.import_module("triflash.nn")
+    elif name in ("mods", "nn"):
+        value = importlib.import_module(f"triflash.{name}")
     else:
         raise AttributeError(f"module 'triflash' has no attribute {name!r}")
     globals()[name] = value

@@ -3,13 +3,14 @@ interface -> ops -> the registry's row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from triflash import ops, registry
-from triflash.spec import make_spec
+from triflash import mods, ops, registry
+from triflash.spec import PLAIN, Features, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -22,6 +23,12 @@ def attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float = 0,  # an int, of which Dynamo makes no symbol
+    alibi_slopes: Tensor | None = None,
+    score_mod: mods.ScoreMod | None = None,
+    mask_mod: mods.MaskMod | None = None,
+    aux: tuple[Tensor | float, ...] = (),
     return_lse: bool = False,
     deterministic: bool = False,
     allow_tf32: bool = False,
@@ -40,6 +47,15 @@ def attention(
         causal: query i sees keys j <= i + seqlen_k - seqlen_q (aligned to the bottom right). A row
             that sees no key gives 0, lse -inf and zero gradients.
         softmax_scale: factor on the scores, headdim ** -0.5 by default.
+        window_size: `(left, right)`: query i sees keys from p - left to p + right, both included,
+            where p = i + seqlen_k - seqlen_q; None or -1 for no bound. causal bounds the right
+            side whatever is given here.
+        softcap: cap > 0 makes scores cap * tanh(score / cap); 0 leaves them.
+        alibi_slopes: float32 `(nheads,)` or `(batch, nheads)`; adds -slope * |p - j| to the score
+            of query i and key j, behind softcap. No gradient flows to it.
+        score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
+        mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
+        aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.
         return_lse: also return the log of the softmax denominators; its gradient flows.
         deterministic: refuse implementations whose gradients differ from run to run.
         allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
@@ -53,8 +69,11 @@ def attention(
         TypeError, ValueError: an argument is wrong; the message names it.
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
+    features, extras = mods.features_of(
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux
+    )  # fmt: skip
     out, lse = _attention(
-        q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation
+        q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, features, extras
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -78,26 +97,21 @@ def flash_attn_func(
 
     Args:
         q, k, v, softmax_scale, causal, deterministic, implementation: as in `attention`.
-        dropout_p, window_size, softcap, alibi_slopes: only their defaults work yet.
+        window_size, softcap, alibi_slopes: as in `attention`.
+        dropout_p: only 0 works yet.
         return_attn_probs: return `(out, softmax_lse, None)`; flash-attn's third value exists only
             with dropout.
 
     Raises:
-        NotImplementedError: a parameter that is not built yet has another value than its default.
+        NotImplementedError: dropout_p has another value than its default; else as in `attention`.
         TypeError, ValueError: as in `attention`.
     """
-    not_built = None
     if dropout_p != 0.0:
-        not_built = f"dropout (dropout_p={dropout_p})"
-    elif window_size is not None and tuple(window_size) not in ((-1, -1), (None, None)):
-        not_built = f"sliding windows (window_size={window_size})"
-    elif softcap != 0.0:
-        not_built = f"capped scores (softcap={softcap})"
-    elif alibi_slopes is not None:
-        not_built = "ALiBi (alibi_slopes)"
-    if not_built is not None:
-        raise NotImplementedError(f"triflash does not support {not_built} yet.")
-    out, lse = _attention(q, k, v, softmax_scale, causal, deterministic, False, implementation)
+        raise NotImplementedError(f"triflash does not support dropout (dropout_p={dropout_p}) yet.")
+    features, extras = mods.features_of(window_size, softcap, alibi_slopes)
+    out, lse = _attention(
+        q, k, v, softmax_scale, causal, deterministic, False, implementation, features, extras
+    )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -110,14 +124,21 @@ def _attention(
     deterministic: bool,
     allow_tf32: bool,
     implementation: str,
+    features: Features = PLAIN,
+    extras: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    eager = ops.is_eager(q, k, v)
+    eager = ops.is_eager(q, k, v, *extras)
     if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
         eager = False  # the operator's own rule turns autocast off inside
     bases = ops.aligned_bases(q, k, v) if eager else True
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    spec = make_spec(
+        q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases, features, extras
+    )  # fmt: skip
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
+    if needs_grad and features is not PLAIN:
+        features = replace(features, with_grad=mods.differentiable(features, extras))
+        spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
     if not torch.compiler.is_compiling():
         row = registry.resolve(implementation, spec, target_of(q.device))
         if needs_grad and row.backward is None:
@@ -128,13 +149,15 @@ def _attention(
     elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
         v = v.view_as(v) if v is q or v is k else v
         k = k.view_as(k) if k is q else k
-    options = (spec.softmax_scale, causal, deterministic, allow_tf32, implementation)
-    if needs_grad or _transformed():
-        return _Attention.apply(q, k, v, (spec, row) if eager else None, *options)
-    if eager:
-        out, lse, _ = ops.run_forward(q, k, v, spec, row)
+    if eager and not needs_grad and not _transformed():
+        out, lse, _ = ops.run_forward(q, k, v, spec, row, extras)
         return out, lse
-    out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options)
+    options = (
+        spec.softmax_scale, causal, deterministic, allow_tf32, implementation, features.text
+    )  # fmt: skip
+    if needs_grad or _transformed():
+        return _Attention.apply(q, k, v, (spec, row) if eager else None, *options, *extras)
+    out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options, extras)
     return out, lse
 
 
@@ -150,27 +173,42 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, eager: tuple[Any, Any] | None, *options: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eager: tuple[Any, Any] | None,
+        *options_and_extras: Any,
     ) -> tuple[Tensor, Tensor]:
+        ctx.options = options_and_extras[:_OPTIONS]
+        extras = options_and_extras[_OPTIONS:]
         if eager is not None:
-            out, lse, saved = ops.run_forward(q, k, v, *eager)
+            out, lse, saved = ops.run_forward(q, k, v, *eager, extras)
         else:
-            out, lse, saved = torch.ops.triflash.attention_forward.default(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *saved)
-        ctx.options = options
+            out, lse, saved = torch.ops.triflash.attention_forward.default(
+                q, k, v, *ctx.options, extras
+            )
+        ctx.extras = len(extras)
+        ctx.save_for_backward(q, k, v, out, lse, *extras, *saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        extras, saved = rest[: ctx.extras], rest[ctx.extras :]
         if dout is None:
             dout = torch.zeros_like(out)
         gradients = _gradients
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _NoSecondDerivative.apply
-        dq, dk, dv = gradients(dout, dlse, q, k, v, out, lse, saved, ctx.options)
-        return dq, dk, dv, None, *[None] * len(ctx.options)
+        dq, dk, dv, *dextras = gradients(dout, dlse, q, k, v, out, lse, saved, ctx.options, extras)
+        wanted = iter(dextras)
+        wants = ctx.needs_input_grad[4 + _OPTIONS :]
+        return dq, dk, dv, None, *[None] * _OPTIONS, *(next(wanted) if w else None for w in wants)
+
+
+_OPTIONS = 6  # of an operator, before extras
 
 
 def _gradients(
@@ -183,17 +221,19 @@ def _gradients(
     lse: Tensor,
     saved: list[Tensor],
     options: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.triflash.attention_backward.default(
-        dout, dlse, q, k, v, out, lse, saved, *options
+    extras: list[Tensor],
+) -> tuple[Tensor, ...]:
+    dq, dk, dv, dextras = torch.ops.triflash.attention_backward.default(
+        dout, dlse, q, k, v, out, lse, saved, *options, extras
     )
+    return dq, dk, dv, *dextras
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """Makes a gradient of the gradients an error; unrecorded, they would count as constants."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         return _gradients(*arguments)
 
     @staticmethod

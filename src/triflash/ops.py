@@ -6,27 +6,29 @@ tensors and calls the registry's row. Autograd is `interface._Attention`, above 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from triflash import registry
-from triflash.spec import AttentionSpec, make_spec
+from triflash.spec import AttentionSpec, features_of_text, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
 
 _library = torch.library.Library("triflash", "DEF")
+# extras are the tensors of the features whose `text` is given, in the order of their `names`.
 _OPTIONS = (
-    "float softmax_scale, bool causal, bool deterministic, bool allow_tf32, str implementation"
+    "float softmax_scale, bool causal, bool deterministic, bool allow_tf32, str implementation, "
+    'str features="", Tensor[]? extras=None'
 )
 _library.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor[])"
 )
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, Tensor[] saved, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"Tensor lse, Tensor[] saved, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
@@ -39,18 +41,25 @@ def _forward(
     deterministic: bool,
     allow_tf32: bool,
     implementation: str,
+    features: str = "",
+    extras: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    bases = aligned_bases(q, k, v)
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
-    return run_forward(q, k, v, spec, registry.resolve(implementation, spec, target_of(q.device)))
+    spec = _spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, features, extras)
+    row = registry.resolve(implementation, spec, target_of(q.device))
+    return run_forward(q, k, v, spec, row, extras)
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, row: registry.Implementation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    row: registry.Implementation,
+    extras: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The body of attention_forward, which may be called without it if `is_eager`."""
     with _on_device_of(q):
-        return row.load_forward()(q, k, v, spec)
+        return row.load_forward()(q, k, v, spec, *_given(extras))
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -82,9 +91,10 @@ def _backward(
     deterministic: bool,
     allow_tf32: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bases = aligned_bases(q, k, v)
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases)
+    features: str = "",
+    extras: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    spec = _spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, features, extras)
     row = registry.resolve(implementation, spec, target_of(q.device))
     # Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0.
     if dout.stride(-1) != 1:
@@ -92,11 +102,37 @@ def _backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     with _on_device_of(q):
-        return row.load_backward(spec)(dout, dlse, q, k, v, out, lse, saved, spec)
+        dq, dk, dv, *dextras = row.load_backward(spec)(
+            dout, dlse, q, k, v, out, lse, saved, spec, *_given(extras)
+        )
+    return dq, dk, dv, dextras
 
 
 def aligned_bases(*tensors: Tensor) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    features: str,
+    extras: Sequence[Tensor] | None,
+) -> AttentionSpec:
+    bases = aligned_bases(q, k, v)
+    return make_spec(
+        q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases,
+        features_of_text(features), extras or (),
+    )  # fmt: skip
+
+
+def _given(extras: Sequence[Tensor] | None) -> tuple[tuple[Tensor, ...], ...]:
+    """The last argument of a row's functions; rows without features need not know of it."""
+    return (tuple(extras),) if extras else ()
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -112,7 +148,7 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("triflash::attention_forward", lib=_library)
-def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation):  # type: ignore[no-untyped-def]
+def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, *_):  # type: ignore[no-untyped-def]
     batch, seqlen_q, nheads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(batch, seqlen_q, nheads, v.shape[-1])
@@ -122,8 +158,13 @@ def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation)
 
 
 @torch.library.register_fake("triflash::attention_backward", lib=_library)
-def _(dout, dlse, q, k, v, *_):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+def _(  # type: ignore[no-untyped-def]
+    dout, dlse, q, k, v, out, lse, saved, softmax_scale, causal, deterministic, allow_tf32,
+    implementation, features="", extras=None,
+):  # fmt: skip
+    wanted = features_of_text(features).gradients_of(extras or ())
+    dq, dk, dv, *dextras = (t.new_empty(t.shape) for t in (q, k, v, *wanted))
+    return dq, dk, dv, dextras
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from triflash.spec import KERNEL_DTYPES, REFERENCE_DTYPES, AttentionSpec
+from triflash.spec import FEATURES, KERNEL_DTYPES, REFERENCE_DTYPES, AttentionSpec
 from triflash.target import Target
 
 
@@ -22,11 +22,14 @@ class Implementation:
     Attributes:
         name: what users pass as `implementation=`.
         summary: one line for `triflash info`.
-        forward: "module:function", `(q, k, v, spec) -> (out, lse, saved)`.
+        forward: "module:function", `(q, k, v, spec) -> (out, lse, saved)`; of calls whose features
+            have tensors, `(q, k, v, spec, extras)`.
         backward: "module:function", `(dout, dlse, q, k, v, out, lse, saved, spec) ->
-            (dq, dk, dv)`, or None.
+            (dq, dk, dv)`, or None; with tensors, `(..., spec, extras) -> (dq, dk, dv, *dextras)`,
+            see `Features.gradients_of`.
         saves: names of the tensors beside out and lse that the backward needs; each is float32 of
             lse's shape.
+        features: which of spec.FEATURES the pair has.
         dtypes: dtypes of q, k and v.
         max_headdim: largest head dimension, None for any.
         needs_kernels: runs Triton kernels, so needs a GPU or the interpreter.
@@ -49,6 +52,7 @@ class Implementation:
     forward: str
     backward: str | None
     saves: tuple[str, ...] = ()
+    features: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     max_headdim: int | None = 256
     needs_kernels: bool = True
@@ -69,6 +73,13 @@ class Implementation:
         """None if this row can run `spec` on `target`, else the reason as a sentence."""
         if spec.dtype not in self.dtypes:
             return f"{self.name} takes {_names(self.dtypes)}, not {_name(spec.dtype)}."
+        for feature in spec.features.uses:
+            if feature not in self.features:
+                having = [row.name for row in IMPLEMENTATIONS if feature in row.features]
+                return (
+                    f"{self.name} does not have {FEATURES[feature]}; {', '.join(having)} "
+                    f"{'has' if len(having) == 1 else 'have'}."
+                )
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
@@ -196,6 +207,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="textbook attention in PyTorch: any device, quadratic memory, the oracle",
         forward="triflash.reference:forward",
         backward="triflash.reference:backward",
+        features=frozenset(FEATURES),
         dtypes=REFERENCE_DTYPES,
         max_headdim=None,
         needs_kernels=False,

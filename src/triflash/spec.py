@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,123 @@ import torch
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 _SMALLEST_FLOAT32 = 2.0**-126  # that is not subnormal
+
+
+# What a call can ask for beside plain attention, in words for messages.
+FEATURES = {
+    "window": "sliding windows (window_size)",
+    "softcap": "capped scores (softcap)",
+    "alibi": "ALiBi (alibi_slopes)",
+    "score_mod": "score modifications (score_mod)",
+    "mask_mod": "mask modifications (mask_mod)",
+}
+
+
+@dataclass(frozen=True)
+class Mod:
+    """A score or mask modification: the key under which `mods` knows it, and its aux.
+
+    In aux a string names a tensor of the call's extras; numbers are themselves.
+    """
+
+    key: str
+    aux: tuple[str | int | float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a call asks for beside plain attention; docs/semantics.md states what it means.
+
+    Tensors that belong to it travel beside the spec as `extras`, in the order of `names`.
+
+    Attributes:
+        window_left: how many keys before its own position a query sees, None for all.
+        window_right: how many keys after its own position, None for all; None if causal.
+        score_mods: in the order in which they change the scaled score.
+        mask_mod: hides keys beside causal and window.
+        with_grad: names of the extras whose gradients are wanted.
+    """
+
+    window_left: int | None = None
+    window_right: int | None = None
+    score_mods: tuple[Mod, ...] = ()
+    mask_mod: Mod | None = None
+    with_grad: tuple[str, ...] = ()
+
+    @property
+    def mods(self) -> tuple[Mod, ...]:
+        return self.score_mods if self.mask_mod is None else (*self.score_mods, self.mask_mod)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of the extras is, in order."""
+        names: dict[str, None] = {}
+        for mod in self.mods:
+            names.update((a, None) for a in mod.aux if isinstance(a, str))
+        return tuple(names)
+
+    def gradients_of(self, extras: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of `extras` whose gradients are wanted; they are what a backward gives last."""
+        named = zip(self.names, extras, strict=True)
+        return [tensor for name, tensor in named if name in self.with_grad]
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Which of FEATURES the call needs."""
+        used = [] if self.window_left is None and self.window_right is None else ["window"]
+        used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
+        return tuple(used if self.mask_mod is None else (*used, "mask_mod"))
+
+    @property
+    def text(self) -> str:
+        """Canonical text, which `features_of_text` reads; plain attention is the empty one."""
+        parts = []
+        if self.window_left is not None or self.window_right is not None:
+            left = "" if self.window_left is None else self.window_left
+            right = "" if self.window_right is None else self.window_right
+            parts.append(f"window={left},{right}")
+        for mod in self.score_mods:
+            parts.append("score=" + ",".join([mod.key, *[str(a) for a in mod.aux]]))
+        if self.mask_mod is not None:
+            parts.append(
+                "mask=" + ",".join([self.mask_mod.key, *[str(a) for a in self.mask_mod.aux]])
+            )
+        if self.with_grad:
+            parts.append("grad=" + ",".join(self.with_grad))
+        return ";".join(parts)
+
+
+PLAIN = Features()
+
+
+@lru_cache(maxsize=4096)
+def features_of_text(text: str) -> Features:
+    """The features whose `text` this is."""
+    features = PLAIN
+    for part in filter(None, text.split(";")):
+        field, _, values = part.partition("=")
+        first, *rest = values.split(",")
+        if field == "window":
+            left, right = (int(x) if x else None for x in (first, *rest))
+            features = replace(features, window_left=left, window_right=right)
+        elif field == "grad":
+            features = replace(features, with_grad=(first, *rest))
+        else:
+            mod = Mod(first, tuple(map(_number_or_name, rest)))
+            if field == "score":
+                features = replace(features, score_mods=(*features.score_mods, mod))
+            else:
+                features = replace(features, mask_mod=mod)
+    return features
+
+
+def _number_or_name(text: str) -> str | int | float:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
 
 
 @dataclass(frozen=True)
@@ -34,6 +152,7 @@ class AttentionSpec:
     deterministic: bool = False
     allow_tf32: bool = False
     tma: bool = True
+    features: Features = PLAIN
 
     @property
     def group_size(self) -> int:
@@ -50,12 +169,16 @@ def make_spec(
     deterministic: bool,
     allow_tf32: bool,
     aligned_bases: bool = True,
+    features: Features = PLAIN,
+    extras: Sequence[torch.Tensor] = (),
 ) -> AttentionSpec:
     """Validate a call by its metadata alone and give its spec.
 
     Args:
         aligned_bases: q, k and v start at multiples of 16 bytes. Only who has the memory, as
             operators do, can know.
+        features: what the call asks for beside plain attention.
+        extras: the tensors of `features.names`.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not floating point or not supported.
@@ -66,13 +189,16 @@ def make_spec(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     # Dynamo cannot hash symbolic sizes, and needs to see the comparisons to guard on them.
     validate = _validate.__wrapped__ if torch.compiler.is_compiling() else _validate
-    return validate(
+    spec = validate(
         q.shape, k.shape, v.shape,
         q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device,
         q.stride(), k.stride(), v.stride(),
-        softmax_scale, causal, deterministic, allow_tf32, aligned_bases,
+        softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
     )  # fmt: skip
+    if extras or features is not PLAIN:
+        _check_extras(spec, features.names, extras, q.device)
+    return spec
 
 
 @lru_cache(maxsize=4096, typed=True)  # True and 1 are one key otherwise
@@ -94,6 +220,7 @@ def _validate(
     deterministic: bool,
     allow_tf32: bool,
     aligned_bases: bool,
+    features: Features,
 ) -> AttentionSpec:
     shapes = (("q", q_shape), ("k", k_shape), ("v", v_shape))
     for name, shape in shapes:
@@ -151,6 +278,7 @@ def _validate(
     ):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
+    causal, features = _narrowest(causal, features, seqlen_q, seqlen_k)
     return AttentionSpec(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -167,7 +295,80 @@ def _validate(
         # While compiling, strides may be symbols; the operator will see numbers.
         tma=torch.compiler.is_compiling()
         or (aligned_bases and all(_tma_can_read(s, st, q_dtype) for _, s, st in layouts)),
+        features=features,
     )
+
+
+def window_of(window_size: object) -> tuple[int | None, int | None]:
+    """`(left, right)` with None for unbounded, of what a user gives: -1 and None are one.
+
+    Raises:
+        TypeError: not a pair, or not of ints.
+        ValueError: less than -1.
+    """
+    if window_size is None:
+        return None, None
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    for side in window_size:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(
+                f"window_size must hold ints or None, got {window_size!r}; -1 and None are "
+                "unbounded"
+            )
+        if side is not None and side < -1:
+            raise ValueError(
+                f"window_size must be at least 0, or -1 or None for unbounded, got {window_size!r}"
+            )
+    left, right = window_size
+    return None if left == -1 else left, None if right == -1 else right
+
+
+def _narrowest(
+    causal: bool, features: Features, seqlen_q: int, seqlen_k: int
+) -> tuple[bool, Features]:
+    """The one form of calls that mean the same: no window that hides nothing, or what causal does.
+
+    A right window of 0 is causal; causal swallows any other.
+    """
+    left, right = features.window_left, features.window_right
+    if left is None and right is None:
+        return causal, features
+    causal = causal or right == 0
+    if causal or (right is not None and right >= seqlen_q - 1):
+        right = None
+    if left is not None and left >= seqlen_k - 1:
+        left = None
+    return causal, replace(features, window_left=left, window_right=right)
+
+
+def _check_extras(
+    spec: AttentionSpec,
+    names: tuple[str, ...],
+    extras: Sequence[torch.Tensor],
+    device: torch.device,
+) -> None:
+    if len(extras) != len(names):
+        raise ValueError(f"extras must be the tensors {names}, got {len(extras)} tensors")
+    for name, tensor in zip(names, extras, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tuple(tensor.stride())} of shape "
+                f"{tuple(tensor.shape)}; call .contiguous() first"
+            )
+        if name == "alibi_slopes":
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"alibi_slopes must be float32, got {tensor.dtype}")
+            allowed = ((spec.nheads,), (spec.batch, spec.nheads))
+            if tuple(tensor.shape) not in allowed:
+                raise ValueError(
+                    "alibi_slopes must have shape (nheads,) or (batch, nheads), here "
+                    f"{allowed[0]} or {allowed[1]}, got {tuple(tensor.shape)}"
+                )
 
 
 def _tma_can_read(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> bool:

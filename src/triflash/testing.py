@@ -7,14 +7,16 @@ attention in the same precision. Nothing is compared with a fixed tolerance.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from triflash import reference, registry
+from triflash import mods, reference, registry
 from triflash.interface import attention
 from triflash.spec import AttentionSpec, make_spec
 from triflash.target import target_of
@@ -40,6 +42,11 @@ class Case:
         softmax_scale: None for headdim ** -0.5.
         with_dlse: lse has a gradient too.
         layout: one of LAYOUTS, how q, k, v and dout lie in memory (see `laid_out`).
+        window_size: `(left, right)`, None for unbounded.
+        softcap: 0 for none.
+        alibi: "heads" or "batch and heads", what slopes there are, or "".
+        score_mod, mask_mod: from `triflash.mods`, with a reference.
+        make_aux: `(case, device) -> aux`. Tensors in it that require gradients have them checked.
     """
 
     batch: int = 2
@@ -56,6 +63,12 @@ class Case:
     with_dlse: bool = False
     layout: str = "contiguous"
     seed: int = 0
+    window_size: tuple[int | None, int | None] = (None, None)
+    softcap: float = 0.0
+    alibi: str = ""
+    score_mod: mods.ScoreMod | None = None
+    mask_mod: mods.MaskMod | None = None
+    make_aux: Callable[[Case, torch.device], tuple[Any, ...]] | None = None
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -69,11 +82,37 @@ class Case:
 
     def spec(self) -> AttentionSpec:
         """The validated spec; raises what a call with such inputs would raise."""
+        device = torch.device("meta")
         q, k, v, _ = (
-            laid_out(torch.empty(s, dtype=self.dtype, device="meta"), self.layout)
+            laid_out(torch.empty(s, dtype=self.dtype, device=device), self.layout)
             for s in self.shapes()
         )
-        return make_spec(q, k, v, self.softmax_scale, self.causal, False, self.allow_tf32)
+        return self.spec_of(q, k, v, self.extras(device))
+
+    def spec_of(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Any]) -> AttentionSpec:
+        """The validated spec of a call with these tensors."""
+        features, tensors = mods.features_of(**extras)
+        features = replace(features, with_grad=mods.differentiable(features, tensors))
+        return make_spec(
+            q, k, v, self.softmax_scale, self.causal, False, self.allow_tf32, True, features,
+            tensors,
+        )  # fmt: skip
+
+    def extras(self, device: torch.device) -> dict[str, Any]:
+        """The features of the call as arguments of `attention`, with fresh tensors."""
+        slopes = None
+        if self.alibi:
+            shape = (self.batch, self.nheads) if "batch" in self.alibi else (self.nheads,)
+            n = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32, device=device)
+            slopes = (2.0 ** (-n / 2)).view(shape)
+        return {
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "alibi_slopes": slopes,
+            "score_mod": self.score_mod,
+            "mask_mod": self.mask_mod,
+            "aux": () if self.make_aux is None else self.make_aux(self, device),
+        }
 
     def __str__(self) -> str:
         headdim = f"{self.headdim}"
@@ -96,19 +135,40 @@ class Case:
             parts.append("dlse")
         if self.layout != "contiguous":
             parts.append(self.layout)
+        if self.window_size != (None, None):
+            parts.append(f"window={self.window_size[0]},{self.window_size[1]}")
+        if self.softcap:
+            parts.append(f"softcap={self.softcap:g}")
+        if self.alibi:
+            parts.append(f"alibi of {self.alibi}")
+        parts += [mod.key for mod in (self.score_mod, self.mask_mod) if mod is not None]
         return " ".join(parts)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """q, k, v, and the gradients that arrive: dout `(batch, seqlen_q, nheads, headdim_v)` and dlse
-    `(batch, nheads, seqlen_q)` float32 or None."""
+    `(batch, nheads, seqlen_q)` float32 or None; `extras` as `Case.extras` gives them."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor
     dlse: Tensor | None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """q, k, v, dout and dlse by name."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "dout": self.dout, "dlse": self.dlse}
+        return {name: t for name, t in named.items() if t is not None}
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors of extras that gradients are wanted of, by the names of `mods`."""
+        features, tensors = mods.features_of(**self.extras)
+        named = zip(features.names, tensors, strict=True)
+        return {name: t for name, t in named if t.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -136,7 +196,8 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     q, k, v, dout = (laid_out(normal(s, case.dtype), case.layout) for s in case.shapes())
     lse_shape = (case.batch, case.nheads, case.seqlen_q)
     lse_dtype = torch.promote_types(case.dtype, torch.float32)
-    return Inputs(q, k, v, dout, normal(lse_shape, lse_dtype) if case.with_dlse else None)
+    dlse = normal(lse_shape, lse_dtype) if case.with_dlse else None
+    return Inputs(q, k, v, dout, dlse, case.extras(device))
 
 
 def laid_out(x: Tensor, layout: str, fill: float = float("nan")) -> Tensor:
@@ -193,7 +254,8 @@ def poisoned() -> Iterator[None]:
 def run_case(
     case: Case, inputs: Inputs, implementation: str, backward: bool = True
 ) -> dict[str, Tensor]:
-    """out and lse, and with `backward` dq, dk and dv, by `attention` on poisoned memory."""
+    """out and lse, and with `backward` the gradients, by `attention` on poisoned memory."""
+    leaves = inputs.leaves
     q, k, v = (t.detach().requires_grad_(backward) for t in (inputs.q, inputs.k, inputs.v))
     with poisoned():
         out, lse = attention(
@@ -205,14 +267,15 @@ def run_case(
             return_lse=True,
             allow_tf32=case.allow_tf32,
             implementation=implementation,
+            **inputs.extras,
         )
         results = {"out": out.detach(), "lse": lse.detach()}
         if backward:
             outputs, gradients = [out], [inputs.dout]
             if inputs.dlse is not None:
                 outputs, gradients = [out, lse], [inputs.dout, inputs.dlse]
-            grads = torch.autograd.grad(outputs, (q, k, v), gradients)
-            results.update(zip(("dq", "dk", "dv"), grads, strict=True))
+            grads = torch.autograd.grad(outputs, (q, k, v, *leaves.values()), gradients)
+            results.update(zip(_names_of_gradients(leaves), grads, strict=True))
     return results
 
 
@@ -224,24 +287,26 @@ def oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         inputs.v.double(),
         inputs.dout.double(),
         None if inputs.dlse is None else inputs.dlse.double(),
+        inputs.extras,
     )
     return run_case(case, wide, "reference")
 
 
 def pytorch_attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """Attention as one writes it in PyTorch, every step in the dtype of the inputs: out and lse.
 
-    Rows without keys give 0 and -inf. Autograd goes through it, lse included.
+    Rows without keys give 0 and -inf. Autograd goes through it, lse and extras included.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if spec.nheads != spec.nheads_k:
         k, v = (t.repeat_interleave(spec.group_size, dim=1) for t in (k, v))
-    visible = reference.visible(spec, q.device)
+    scores = reference.modify((q @ k.transpose(-1, -2)) * spec.softmax_scale, spec, extras)
+    scores = reference.mask(scores.to(q.dtype), spec, extras)
+    visible = scores > float("-inf")
     empty = ~visible.any(dim=-1, keepdim=True)
-    scores = (q @ k.transpose(-1, -2)) * spec.softmax_scale
-    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
+    scores = scores.masked_fill(empty, 0.0)
     p = scores.softmax(dim=-1).masked_fill(empty, 0.0)
     if spec.seqlen_k:
         lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
@@ -256,16 +321,21 @@ def baseline(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     lse is float32 whatever the inputs are, so its baseline is PyTorch in float32.
     """
     spec = case.spec()
+    tensors = mods.features_of(**inputs.extras)[1]
+    leaves = inputs.leaves
     q, k, v = (t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
     with _float32_precision("tf32" if case.allow_tf32 else "ieee"):
-        out, lse = pytorch_attention(q, k, v, spec)
+        out, lse = pytorch_attention(q, k, v, spec, tensors)
         outputs, gradients = [out], [inputs.dout]
         if inputs.dlse is not None:
             outputs, gradients = [out, lse], [inputs.dout, inputs.dlse.to(lse.dtype)]
-        grads = torch.autograd.grad(outputs, (q, k, v), gradients)
+        grads = torch.autograd.grad(
+            outputs, (q, k, v, *leaves.values()), gradients, materialize_grads=True
+        )
         if case.dtype.itemsize < 4:
-            lse = pytorch_attention(q.float(), k.float(), v.float(), spec)[1]
-    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+            lse = pytorch_attention(q.float(), k.float(), v.float(), spec, tensors)[1]
+    named = zip(_names_of_gradients(leaves), grads, strict=True)
+    return {"out": out, "lse": lse, **dict(named)}
 
 
 def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
@@ -279,6 +349,7 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     another, n terms round n partial sums, whose squares make n / 2 times that sum.
     """
     spec = case.spec()
+    tensors = tuple(t.double() if t.is_floating_point() else t for t in _tensors(inputs))
     q, k, v, dout = (
         t.double().transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v, inputs.dout)
     )
@@ -286,11 +357,15 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     u = 2.0**-24
     if case.allow_tf32 and case.dtype == torch.float32:
         u = 2.0**-11
-    scores = (q @ k.transpose(-1, -2)) * spec.softmax_scale
-    scores = scores.masked_fill(~reference.visible(spec, q.device), float("-inf"))
+    raw = ((q @ k.transpose(-1, -2)) * spec.softmax_scale).requires_grad_()
+    leaves = (raw, *(t.requires_grad_() for t in spec.features.gradients_of(tensors)))
+    modified = reference.modify(raw, spec, tensors)
+    scores = reference.mask(modified.detach(), spec, tensors)
     p = scores.softmax(dim=-1).nan_to_num(0.0)  # NaN in rows without keys
     lse = scores.logsumexp(dim=-1, keepdim=True) if spec.seqlen_k else scores.sum(-1, True)
     products = q.abs() @ k.abs().transpose(-1, -2) * abs(spec.softmax_scale)
+    # Modifications add to scores; a cap rounds like its largest value.
+    products = products + (modified - raw).detach().abs() + case.softcap
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)
 
@@ -302,8 +377,13 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
         dlse = inputs.dlse.double().unsqueeze(-1)
         ds, products = ds + dlse, products + dlse.abs()
     keys, queries = (2.0**-48 * n / 2 for n in (spec.seqlen_k, spec.group_size * spec.seqlen_q))
-    ds_error = ((p_error * ds.abs() + p * u * products) * spec.softmax_scale).square()
-    ds = (p * ds * spec.softmax_scale).square()
+    ds_error = p_error * ds.abs() + p * u * products
+    ds = p * ds
+    dleaves = [
+        torch.autograd.grad(modified, leaves, x, retain_graph=True, materialize_grads=True)
+        for x in (ds, ds_error)
+    ]
+    ds, ds_error = ((d[0] * spec.softmax_scale).square() for d in dleaves)
     p_error, p = p_error.square(), p.square()
     squares = {
         "out": (p_error + keys * p) @ v.square(),
@@ -312,6 +392,9 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
         "dk": _sum_groups((ds_error + queries * ds).transpose(-1, -2) @ q.square(), spec),
         "dv": _sum_groups((p_error + queries * p).transpose(-1, -2) @ dout.square(), spec),
     }
+    # Of extras every score may enter a sum: what each adds, and its rounding, in their order.
+    for name, largest in zip(spec.features.with_grad, dleaves[1][1:], strict=True):
+        squares["d" + name] = largest.square()
     return {name: _largest(t) ** 0.5 for name, t in squares.items()}
 
 
@@ -331,7 +414,9 @@ def budget(case: Case, inputs: Inputs, expected: dict[str, Tensor]) -> dict[str,
         for name, tensor in baseline(other, others).items():
             errors[name] = max(errors[name], _error(tensor, wide[name]))
     noise = float32_noise(case, inputs)
-    return {name: FACTORS[name] * errors[name] + NOISE_FACTOR * noise[name] for name in errors}
+    return {
+        name: FACTORS.get(name, 3.0) * errors[name] + NOISE_FACTOR * noise[name] for name in errors
+    }
 
 
 def check_case(case: Case, implementation: str, device: torch.device | str) -> list[Record]:
@@ -354,6 +439,8 @@ def compare(case: Case, inputs: Inputs, actual: dict[str, Tensor]) -> list[Recor
     records = []
     for name, tensor in actual.items():
         wanted = torch.promote_types(case.dtype, torch.float32) if name == "lse" else case.dtype
+        if name[1:] in inputs.leaves:
+            wanted = inputs.leaves[name[1:]].dtype
         assert tensor.dtype == wanted, f"{name} is {tensor.dtype}, not {wanted}"
         assert tensor.shape == expected[name].shape, f"{name} has shape {tuple(tensor.shape)}"
         records.append(Record(name, _error(tensor, expected[name]), allowed[name]))
@@ -363,6 +450,14 @@ def compare(case: Case, inputs: Inputs, actual: dict[str, Tensor]) -> list[Recor
 def unsupported(case: Case, implementation: str, device: torch.device | str) -> str | None:
     """Why `implementation` cannot run the case on `device`, as a sentence, or None if it can."""
     return registry.get(implementation).supports(case.spec(), target_of(torch.device(device)))
+
+
+def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in mods.features_of(**inputs.extras)[1])
+
+
+def _names_of_gradients(leaves: dict[str, Tensor]) -> tuple[str, ...]:
+    return ("dq", "dk", "dv", *(f"d{name}" for name in leaves))
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,238 @@
+"""Windows, softcap, ALiBi, and modifications of scores and masks that users write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import GPU, check, every_row
+
+from triflash import attention, mods, registry
+from triflash.spec import FEATURES, PLAIN, Features, Mod, features_of_text, window_of
+from triflash.target import Target
+from triflash.testing import Case
+
+FLOAT = torch.float32
+
+
+@triton.jit
+def relative(score, b, h, q_idx, kv_idx, aux):
+    table, reach = aux[0], aux[1]
+    apart = tl.minimum(tl.maximum(kv_idx - q_idx, -reach), reach) + reach
+    return score + tl.load(table + h * (2 * reach + 1) + apart)
+
+
+@triton.jit
+def relative_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
+    return dscore
+
+
+@triton.jit
+def relative_gradient(dscore, score, b, h, q_idx, kv_idx, aux, grads):
+    apart = tl.minimum(tl.maximum(kv_idx - q_idx, -aux[1]), aux[1]) + aux[1]
+    tl.atomic_add(grads[0] + h * (2 * aux[1] + 1) + apart, dscore)
+
+
+def relative_reference(score, b, h, q_idx, kv_idx, aux):
+    table, reach = aux[:2]
+    return score + table[h, (kv_idx - q_idx).clamp(-reach, reach) + reach]
+
+
+@triton.jit
+def document(b, h, q_idx, kv_idx, aux):
+    ids, _, seqlen_k = aux
+    return tl.load(ids + b * seqlen_k + q_idx % seqlen_k) == tl.load(ids + b * seqlen_k + kv_idx)
+
+
+def document_reference(b, h, q_idx, kv_idx, aux):
+    return aux[0][b, q_idx % aux[2]] == aux[0][b, kv_idx]
+
+
+RELATIVE = mods.score_mod(
+    relative,
+    derivative=relative_derivative,
+    gradient=relative_gradient,
+    reference=relative_reference,
+)
+DOCUMENT = mods.mask_mod(document, reference=document_reference)
+
+
+def table(case: Case, device: torch.device) -> tuple[torch.Tensor, int]:
+    values = torch.linspace(-2, 2, case.nheads * 15, device=device, dtype=FLOAT)
+    return values.view(case.nheads, 15).requires_grad_(), 7
+
+
+def ids(case: Case, device: torch.device) -> tuple[torch.Tensor]:
+    position = torch.arange(case.seqlen_k, device=device, dtype=torch.int32)
+    return ((position // 11).expand(case.batch, -1).contiguous(),)
+
+
+FEATURED = {
+    "left": {"window_size": (11, None)},
+    "right": {"window_size": (None, 9)},
+    "both": {"window_size": (40, 3)},
+    "only itself": {"window_size": (0, 0)},
+    "left, causal": {"window_size": (17, -1), "causal": True},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": "heads"},
+    "alibi of batch": {"alibi": "batch and heads", "causal": True},
+    "softcap, alibi, window": {"softcap": 5.0, "alibi": "heads", "window_size": (30, 30)},
+    "learned relative bias": {"score_mod": RELATIVE, "make_aux": table, "causal": True},
+    "documents": {"mask_mod": DOCUMENT, "make_aux": ids},
+    "documents, causal": {"mask_mod": DOCUMENT, "make_aux": ids, "causal": True},
+}
+LENGTHS = [(130, 130), (70, 150), (150, 70)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
+
+
+@every_row
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("feature", FEATURED)
+def test_features(implementation, feature, lengths, device):
+    case = Case(
+        batch=2, seqlen_q=lengths[0], seqlen_k=lengths[1], nheads=4, nheads_k=2, headdim=32,
+        dtype=FLOAT if feature == "learned relative bias" else torch.float16, with_dlse=True,
+        **FEATURED[feature],
+    )  # fmt: skip
+    check(case, implementation, device)
+
+
+def test_windows_are_what_flash_attn_says():
+    """Inclusive on both sides, aligned to the bottom right; written out."""
+    q, k = torch.zeros(1, 3, 1, 8), torch.zeros(1, 5, 1, 8)
+    v = torch.eye(5).view(1, 5, 1, 5)
+    out = attention(q, k, v, window_size=(1, 1), implementation="reference")
+    seen = (out[0, :, 0] > 0).int().tolist()
+    assert seen == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "canonical"),
+    [
+        (False, (-1, -1), (False, None, None)),
+        (False, (None, 0), (True, None, None)),
+        (False, (3, 0), (True, 3, None)),
+        (True, (3, 5), (True, 3, None)),
+        (True, (None, 5), (True, None, None)),
+        (False, (3, -1), (False, 3, None)),
+        (False, (7, 5), (False, None, None)),  # they hide nothing of 6 queries and 8 keys
+        (False, (6, 4), (False, 6, 4)),
+        (True, [0, 0], (True, 0, None)),
+    ],
+)
+def test_one_form_of_windows_that_mean_the_same(causal, window, canonical):
+    spec = Case(seqlen_q=6, seqlen_k=8, causal=causal, window_size=window).spec()
+    assert (spec.causal, spec.features.window_left, spec.features.window_right) == canonical
+
+
+def test_text_of_features_tells_all():
+    features = Features(
+        3, None, (Mod("softcap", (2.5,)), Mod("m.f", ("aux0", 4, 1e-30))), Mod("m.g"), ("aux0",)
+    )
+    assert features_of_text(features.text) == features
+    assert features.names == ("aux0",)
+    assert PLAIN.text == ""
+    assert features_of_text("") is PLAIN
+
+
+def test_refusals_name_the_feature_and_who_has_it():
+    for feature, words in FEATURES.items():
+        having = {row.name for row in registry.IMPLEMENTATIONS if feature in row.features}
+        assert "reference" in having
+        some = next(f for f in FEATURED.values() if feature in Case(**f).spec().features.uses)
+        reason = registry.get("v1").supports(Case(**some).spec(), Target("cuda", "sm_90", 132))
+        assert reason.startswith("v1 does not have")
+        first = Case(**some).spec().features.uses[0]
+        assert FEATURES[first] in reason
+        assert all(name in reason for name in having) or first != feature
+        assert "(" in words
+
+
+def _plain(score, b, h, q_idx, kv_idx, aux):
+    return score
+
+
+@triton.jit
+def short(score, b, h, q_idx, kv_idx):
+    return score
+
+
+BAD = {
+    "window a number": ({"window_size": 3}, TypeError, ["window_size", "pair", "3"]),
+    "window too long": ({"window_size": (1, 2, 3)}, TypeError, ["window_size", "(1, 2, 3)"]),
+    "window of floats": ({"window_size": (1.0, 2)}, TypeError, ["window_size", "ints", "1.0"]),
+    "window negative": ({"window_size": (-2, 0)}, ValueError, ["window_size", "-2"]),
+    "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap", "-1.0"]),
+    "softcap infinite": ({"softcap": float("inf")}, ValueError, ["softcap", "inf"]),
+    "softcap a word": ({"softcap": "2"}, TypeError, ["softcap", "str"]),
+    "slopes a list": ({"alibi_slopes": [1.0]}, TypeError, ["alibi_slopes", "list"]),
+    "slopes of half": (
+        {"alibi_slopes": torch.ones(4).half()}, TypeError, ["alibi_slopes", "float32", "float16"],
+    ),
+    "slopes of 3 heads": (
+        {"alibi_slopes": torch.ones(3)}, ValueError, ["alibi_slopes", "(4,)", "(2, 4)", "(3,)"],
+    ),
+    "slopes elsewhere": (
+        {"alibi_slopes": torch.ones(4, device="meta")}, ValueError, ["alibi_slopes", "meta"],
+    ),
+    "slopes strided": (
+        {"alibi_slopes": torch.ones(8)[::2]}, ValueError, ["alibi_slopes", "contiguous"],
+    ),
+    "bare score_mod": ({"score_mod": _plain}, TypeError, ["score_mod", "triflash.mods", "_plain"]),
+    "bare mask_mod": ({"mask_mod": document}, TypeError, ["mask_mod", "document"]),
+    "aux alone": ({"aux": (1,)}, ValueError, ["aux", "score_mod"]),
+    "aux a tensor": ({"mask_mod": DOCUMENT, "aux": torch.ones(3)}, TypeError, ["aux", "Tensor"]),
+    "aux of words": ({"mask_mod": DOCUMENT, "aux": ("x",)}, TypeError, ["aux[0]", "str"]),
+    "aux elsewhere": (
+        {"mask_mod": DOCUMENT, "aux": (torch.ones(3, device="meta"),)}, ValueError,
+        ["aux0", "meta"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad, device):
+    options, error, words = BAD[bad]
+    q = torch.randn(2, 5, 4, 16, device=device)
+    options = {
+        name: value.to(device) if getattr(value, "is_cpu", False) else value
+        for name, value in options.items()
+    }
+    with pytest.raises(error) as caught:
+        attention(q, q, q, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_bad_functions():
+    with pytest.raises(TypeError, match=r"score_mod must be a @triton.jit function.*_plain"):
+        mods.score_mod(_plain)
+    with pytest.raises(TypeError, match=r"score_mod short must take .*aux.*, got"):
+        mods.score_mod(short)
+    with pytest.raises(TypeError, match="mask_mod relative must take"):
+        mods.mask_mod(relative)
+    with pytest.raises(TypeError, match="derivative relative must take"):
+        mods.score_mod(relative, derivative=relative)
+    with pytest.raises(TypeError, match="gradient relative must take"):
+        mods.score_mod(relative, gradient=relative)
+
+
+def test_gradients_that_nobody_wrote_are_refused(device):
+    q = torch.randn(1, 5, 2, 16, device=device, requires_grad=True)
+    only_forward = mods.score_mod(relative, reference=relative_reference)
+    bias = torch.zeros(2, 15, device=device)
+    with pytest.raises(NotImplementedError, match=r"relative.* has no derivative"):
+        attention(q, q, q, score_mod=only_forward, aux=(bias, 7))
+    with torch.no_grad():
+        attention(q, q, q, score_mod=only_forward, aux=(bias, 7), implementation="reference")
+    constant = mods.score_mod(
+        relative, derivative=relative_derivative, reference=relative_reference
+    )
+    attention(q, q, q, score_mod=constant, aux=(bias, 7), implementation="reference").sum()
+    with pytest.raises(NotImplementedError, match=r"relative.* has no gradient for aux0"):
+        attention(q, q, q, score_mod=constant, aux=(bias.requires_grad_(), 7))
+
+
+def test_window_of():
+    assert window_of((-1, None)) == (None, None)
+    assert window_of([3, 0]) == (3, 0)
+    assert window_of(None) == (None, None)
