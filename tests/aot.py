@@ -66,7 +66,7 @@ class Compiled:
 def recorded(target: Target, row: registry.Implementation):
     """Collect the row's launches for `target` instead of running them."""
     launches: list[RecordedLaunch] = []
-    paths = filter(None, (row.forward, row.backward, row.wide_backward))
+    paths = filter(None, (row.forward, row.backward))
     modules = [importlib.import_module(path.split(":")[0]) for path in paths]
 
     def record(launch, *tensors):
@@ -119,7 +119,7 @@ def record_call(
         if row.backward is not None:
             gradient = torch.empty_like(lse) if dlse else None
             dout = torch.empty_like(out)
-            row.load_backward(spec)(dout, gradient, q, k, v, out, lse, saved, spec)
+            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec)
     return launches
 
 

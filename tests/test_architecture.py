@@ -125,7 +125,7 @@ def test_versions_do_not_import_each_other():
 
 def test_the_registry_names_what_exists_and_imports_it_lazily():
     for row in registry.IMPLEMENTATIONS:
-        for path in filter(None, (row.forward, row.backward, row.wide_backward, row.pays)):
+        for path in filter(None, (row.forward, row.backward, row.pays)):
             module, function = path.split(":")
             assert module in MODULES
             names = {

@@ -69,6 +69,19 @@ BACKWARD_CALLS = {
     },
     "bf16-128-causal-deterministic": {"headdim": 128, "causal": True, "deterministic": True},
     "bf16-40/72": {"headdim": 40, "headdim_v": 72},
+    "bf16-256": {"headdim": 256},
+    "bf16-256-tail": {"headdim": 256, "seqlen_k": 1000},
+    "bf16-256-causal": {"headdim": 256, "causal": True},
+    "fp16-256-causal-gqa-dlse": {
+        "dtype": FP16,
+        "headdim": 256,
+        "causal": True,
+        "nheads_k": 1,
+        "dlse": True,
+    },
+    "bf16-256-causal-deterministic": {"headdim": 256, "causal": True, "deterministic": True},
+    "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
+    "bf16-64/256": {"headdim": 64, "headdim_v": 256},
 }
 
 
@@ -102,7 +115,7 @@ def launches_of(
             launches.clear()
             gradient = torch.empty_like(lse) if dlse else None
             dout = torch.empty_like(out)
-            row.load_backward(spec)(dout, gradient, q, k, v, out, lse, saved, spec)
+            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec)
     return launches
 
 
@@ -143,20 +156,31 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
         log = assembler.stderr
         assert assembler.returncode == 0, f"{assembler.returncode}: {assembler.stdout}{log}"
     code = aot.sass(compiled.asm["cubin"])
-    q, k = launch.args[:2]
-    products = q.block_shape[3] // 16 + k.block_shape[2] // 16  # q k^T, p v
+    q, k, v = (tensor.block_shape for tensor in launch.args[:3])
     return {
         "shared": compiled.metadata.shared,
         "log": log,
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
-        # Both once in the loop; q k^T once before it, p v once behind it.
-        "hgmma_expected": 0 if backward else launch.config.consumers * 2 * products,
+        "hgmma_expected": instructions(launch.config, q, k, v, backward),
         "registers_move": "setmaxnreg.inc" in compiled.asm["ptx"],
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "local_in_loops": [len(re.findall(r"\b(?:LDL|STL)\b", x)) for x in loops(code)],
         "around": around,
     }
+
+
+def instructions(config, q: list[int], k: list[int], v: list[int], backward: bool) -> int:
+    """How many wgmma instructions a kernel for these tiles of q, k and v has."""
+    if not backward:
+        # q k^T once before the loop and once in it, p v once in it and once behind it.
+        return config.consumers * 2 * (q[3] // 16 + k[2] // 16)
+    if config.wide:
+        # q k^T and dout v^T; dv and dk in halves of 128 columns; dq in parts of 64.
+        return q[3] // 16 + v[3] // 16 + 4 * (q[3] + v[3]) // 128 + 4 * q[3] // 64
+    # Two warpgroups, each with five products of 64 keys: 32 in either tiling. 8 of them are dq's,
+    # which lag brings once more behind the loop.
+    return 2 * (32 + 8 * config.lag)
 
 
 def loops(code: str) -> list[str]:
@@ -165,7 +189,8 @@ def loops(code: str) -> list[str]:
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
     found: dict[int, str] = {}  # by their first product
     for i, line in enumerate(lines):
-        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        # A jump without a condition closes no loop: it comes back from waiting for a barrier.
+        branch = re.search(r"@!?U?P\d+ BRA `\((\.L_x_\d+)\)", line)
         start = labels[branch[1]] if branch else i
         products = [j for j in range(start, i) if "HGMMA" in lines[j]]
         if products and (products[0] not in found or i - start < found[products[0]].count("\n")):
@@ -205,31 +230,17 @@ def test_machine_code_of_the_backward(call, compiler):
     assert kernel["shared"] <= 227 * 1024
     assert "C7512" not in kernel["log"], kernel["log"]
     assert "serialized" not in kernel["log"], kernel["log"]
-    # Two warpgroups, each with five products of 64 keys; 32 instructions in either tiling.
-    assert kernel["hgmma"] == 64
+    assert kernel["hgmma"] == kernel["hgmma_expected"]
     # What is spilled comes from before the loop and is wanted behind it; but where the warp beside
     # them waits for its turn, ptxas keeps addresses in fewer uniform registers.
-    # At 64 the registers are short by up to three; what saved them, p rounded, cost 11-19%.
+    # At 64 the registers are short by up to three; what saved them, p rounded, cost 11-19%. Above
+    # 128 the branch for masked tiles is short by a few.
     if "deterministic" not in BACKWARD_CALLS[call]:
-        few = 3 if BACKWARD_CALLS[call]["headdim"] == 64 else 0
+        few = {64: 3, 192: 4, 256: 8}.get(BACKWARD_CALLS[call]["headdim"], 0)
         assert max(kernel["local_in_loops"]) <= few, kernel["local_in_loops"]
     assert kernel["stack"] <= 64
     assert kernel["registers_move"]
     assert kernel["around"] == [0, 0]
-
-
-def test_wide_heads_borrow_the_backward_of_v2():
-    """Which takes what the forward saved: nothing, in both rows."""
-    row, v2 = registry.get("v3"), registry.get("v2")
-    assert row.saves == v2.saves == ()
-    for headdim, headdim_v, borrows in ((128, 128, False), (136, 64, True), (64, 256, True)):
-        q = torch.empty(1, 8, 2, headdim, dtype=BF16, device="meta")
-        v = torch.empty(1, 8, 2, headdim_v, dtype=BF16, device="meta")
-        backward = row.load_backward(make_spec(q, q, v, None, False, False, False))
-        assert (backward is v2.load_backward()) == borrows
-    launches = launches_of(HOPPER, True, headdim=256)
-    modules = {launch.kernel.fn.__module__ for launch in launches}
-    assert modules == {"triflash.kernels.v2.backward"}
 
 
 @pytest.mark.parametrize(
@@ -415,7 +426,7 @@ def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_deterministic_gradients_are_bitwise_the_same(headdim, causal, device):
     case = Case(

@@ -102,7 +102,7 @@ def _backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     with _on_device_of(q):
-        dq, dk, dv, *dextras = row.load_backward(spec)(
+        dq, dk, dv, *dextras = row.load_backward()(
             dout, dlse, q, k, v, out, lse, saved, spec, *_given(extras)
         )
     return dq, dk, dv, dextras

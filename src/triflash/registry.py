@@ -40,8 +40,6 @@ class Implementation:
         archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
         headdim_multiple: what head dimensions must be a multiple of.
         needs_tma: q, k and v must lie as TMA reads them, see AttentionSpec.tma.
-        max_headdim_backward: largest head dimension of `backward`, None for `max_headdim`.
-        wide_backward: the backward above that, borrowed from a row that saves the same.
         pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
             run; None for always.
         extra: the optional dependency that brings `packages`, and those by their import names.
@@ -63,8 +61,6 @@ class Implementation:
     archs: tuple[str, ...] = ()
     headdim_multiple: int = 1
     needs_tma: bool = False
-    max_headdim_backward: int | None = None
-    wide_backward: str | None = None
     pays: str | None = None
     extra: str | None = None
     packages: tuple[str, ...] = ()
@@ -128,19 +124,16 @@ class Implementation:
     def load_forward(self) -> Callable[..., Any]:
         return _load(self.forward)
 
-    def load_backward(self, spec: AttentionSpec | None = None) -> Callable[..., Any]:
-        """The backward of calls like `spec`, or of those with narrow heads."""
+    def load_backward(self) -> Callable[..., Any]:
         if self.backward is None:
             raise NotImplementedError(f"{self.name} has no backward.")
-        widest = self.max_headdim_backward
-        wide = spec and widest is not None and max(spec.headdim, spec.headdim_v) > widest
-        return _load(self.wide_backward if wide and self.wide_backward else self.backward)
+        return _load(self.backward)
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         name="v3",
-        summary="FlashAttention-3 for Hopper in Gluon; v2's backward for head dimensions above 128",
+        summary="FlashAttention-3 for Hopper in Gluon",
         forward="triflash.kernels.v3.forward:forward",
         backward="triflash.kernels.v3.backward:backward",
         dtypes=(torch.float16, torch.bfloat16),
@@ -150,8 +143,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         archs=("sm_90",),
         headdim_multiple=8,  # rows of 16 bytes, for TMA
         needs_tma=True,
-        max_headdim_backward=128,
-        wide_backward="triflash.kernels.v2.backward:backward",
         pays="triflash.tuning:v3_pays",
     ),
     Implementation(

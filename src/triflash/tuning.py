@@ -57,16 +57,29 @@ class HopperBackwardConfig:
 
     Attributes:
         block_m: queries a step.
-        width: what headdim and headdim_v are filled up to in shared memory.
-        stages: blocks of q, and of dout, in shared memory.
+        block_n: keys of a program.
+        width, width_v: what headdim and headdim_v are filled up to in shared memory.
+        stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dv: the product for dv is issued behind ds.
+        fold: the product for dp begins with -delta.
+        lag: dq of a step is computed in the next, so that the warpgroups need not meet.
+        backwards: programs walk from the last queries to the first.
+        wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
+            nothing.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
     block_m: int
+    block_n: int
     width: int
+    width_v: int
     stages: int
-    late_dv: bool
+    dout_stages: int
+    late_dv: bool = False
+    fold: bool = True
+    lag: bool = False
+    backwards: bool = False
+    wide: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -223,12 +236,33 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
 
 
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
-    """v3's backward, on sm_90 alone, head dimensions up to 128."""
-    if _widest(spec) <= 64:
-        return HopperBackwardConfig(128, 64, 2, late_dv=False)
-    # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
-    # 306, 464 and 548 causal. 128 queries a step do not fit the registers.
-    return HopperBackwardConfig(64, 128, 2, late_dv=True)
+    """v3's backward, on sm_90 alone. Measured at 512, 1024, 4096 and 16384."""
+    # With deterministic=True a tile's programs add in the order of their keys. All start at the
+    # last queries, one after the other; forwards each would begin where the one before it comes
+    # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
+    backwards = spec.causal and spec.deterministic
+    d = _widest(spec)
+    if d <= 64:
+        if spec.deterministic:
+            return HopperBackwardConfig(128, 128, 64, 64, 2, 2, backwards=backwards)
+        if spec.causal:
+            # Measured: lag 273, 429 and 525 from 1024 on against 272, 407 and 486, but 175 against
+            # 184 at 512; late_dv with it 264, 422 and 502.
+            return HopperBackwardConfig(128, 128, 64, 64, 2, 2, lag=spec.seqlen_q >= 1024)
+        # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
+        # and 489 with neither lag nor late_dv.
+        return HopperBackwardConfig(128, 128, 64, 64, 2, 2, late_dv=True, fold=False, lag=True)
+    if d <= 128:
+        # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
+        # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
+        # do not fit the registers.
+        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dv=True, backwards=backwards)
+    # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
+    # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
+    width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
+    return HopperBackwardConfig(
+        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, backwards=backwards, wide=True
+    )
 
 
 def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:

@@ -1,0 +1,237 @@
+"""What both schedules of v3's backward share: kernels around, the walk, and the warps beside.
+
+A kernel before makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums of dq;
+one behind rounds them to dq. A program owns a block of keys of one key head and walks the queries
+of all heads that share it: a warp loads q, dout, lse and delta through rings, another adds dq to
+float32 sums in memory by TMA.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from triflash.kernels.common.mask import query_range
+from triflash.kernels.common.softmax import lse_to_log2
+from triflash.kernels.v3.tma import fence_async_global, load, reduce_add, wait_for_reductions
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a kernel is compiled for; fields of tuning.HopperBackwardConfig mean the same here."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    dout_stages: int
+    late_dv: bool
+    fold: bool
+    lag: bool
+    backwards: bool
+    causal: bool
+    check_keys: bool  # the last block of keys has some past seqlen_k
+    gqa: bool
+    deterministic: bool  # programs add to a tile of dq in the order of their keys
+
+
+KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
+PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
+PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
+PART_COLUMNS = gl.constexpr(128)
+DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
+
+
+@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
+def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, stride_oh, stride_gb,
+                  stride_gs, stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                  HAS_DLSE: tl.constexpr):  # fmt: skip
+    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    batch = (pid // tiles_m // nheads).to(tl.int64)
+    head = (pid // tiles_m % nheads).to(tl.int64)
+    start_m = pid % tiles_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_DV)
+    exist = offs_m < seqlen_q
+    inside = exist[:, None] & (offs_d < HEADDIM_V)[None, :]
+    Out += batch * stride_ob + head * stride_oh
+    dOut += batch * stride_gb + head * stride_gh
+    rows = offs_m.to(tl.int64)[:, None]
+    out = tl.load(Out + rows * stride_os + offs_d[None, :], mask=inside, other=0.0)
+    dout = tl.load(dOut + rows * stride_gs + offs_d[None, :], mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row = (batch * nheads + head) * seqlen_q
+    lse = tl.load(Lse + row + offs_m, mask=exist, other=float("-inf"))
+    if HAS_DLSE:  # d lse / d scores = p, so dlse joins delta with the opposite sign
+        delta -= tl.load(dLse + row + offs_m, mask=exist, other=0.0)
+    stats = Stats + pid.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    tl.store(stats, lse_to_log2(lse))  # +inf also for rows past the end: their p is 0
+    tl.store(stats + BLOCK_M, -delta)
+    sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
+    tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+
+
+@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
+def after_kernel(Sums, dQ, softmax_scale, nheads, seqlen_q, HEADDIM: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`."""
+    PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    row = pid // PARTS // tiles_m
+    part = pid % PARTS
+    offs_m = pid // PARTS % tiles_m * BLOCK_M + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    offs_d = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    packed = tl.load(Sums + pid.to(tl.int64) * 4096 + tl.arange(0, 4096))
+    packed = tl.reshape(packed, [8, 4, 8, 4, 2, 2])  # as pack left it
+    dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, 64]) * softmax_scale
+    dQ += (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM + row % nheads * HEADDIM
+    rows = offs_m.to(tl.int64)[:, None] * (nheads * HEADDIM)
+    inside = (offs_m < seqlen_q)[:, None] & (offs_d < HEADDIM)[None, :]
+    tl.store(dQ + rows + offs_d[None, :], dq.to(dQ.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def pack(part):
+    """[PART, PART] in wgmma's layout as [PART_ROWS, PART_COLUMNS], without moving a number.
+
+    A thread has rows r and r + 8 and columns c, c + 1 of every 8 columns: these four lie together,
+    so that it stores 16 bytes at a time and a warp 512 in a row.
+    """
+    part = gl.reshape(part, [4, 2, 8, 8, 4, 2])  # warp, half, r, 8 columns, c, 2
+    part = gl.permute(part, [3, 0, 2, 4, 1, 5])
+    return gl.reshape(part, [PART_ROWS, PART_COLUMNS])
+
+
+@gluon.jit
+def locate(seqlen_q, seqlen_k, nheads_k, C: gl.constexpr):
+    """What this program works on: (tile_n, batch, head_k, first query, blocks a head).
+
+    When causal the first keys are seen by the most queries, so the longest programs come first.
+    """
+    tiles_n = gl.cdiv(seqlen_k, C.block_n)
+    pid = gl.program_id(0)
+    tile_n = pid % tiles_n
+    row = pid // tiles_n
+    start, full = query_range(
+        tile_n * C.block_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal
+    )
+    if C.check_keys:
+        if (tile_n + 1) * C.block_n > seqlen_k:
+            full = seqlen_q
+    blocks = gl.cdiv(seqlen_q - start, C.block_m)
+    return tile_n, row // nheads_k, row % nheads_k, start, full, blocks
+
+
+@gluon.jit
+def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
+    """Step i as (head, start_m): head after head, so that one follows the other without a gap."""
+    head = head_k
+    m = i
+    if C.gqa:
+        head = head_k * group_size + i // blocks
+        m = i % blocks
+    if C.backwards:
+        m = blocks - 1 - m
+    return head, start + m * C.block_m
+
+
+@gluon.jit
+def next_block(m, blocks, C: gl.constexpr):
+    """The block of queries after m, as in walk but without its division."""
+    if C.backwards:
+        m -= 1
+        if C.gqa:
+            m = gl.where(m >= 0, m, blocks - 1)
+    else:
+        m += 1
+        if C.gqa:
+            m = gl.where(m < blocks, m, 0)
+    return m
+
+
+@gluon.jit
+def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
+    """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
+    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
+    k_full, v_full, q_full, q_empty, do_full, do_empty = bars
+    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    for w in gl.static_range(C.block_n // KEYS):
+        row = tile_n * C.block_n + w * KEYS
+        mbarrier.expect(k_full.index(w), K.block_type.nbytes)
+        load(K, batch, head_k, row, k_full.index(w), k_smem.index(w))
+        mbarrier.expect(v_full.index(w), V.block_type.nbytes)
+        load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
+    for i in range(group_size * blocks):
+        head, start_m = walk(i, head_k, start, blocks, group_size, C)
+        slot = i % C.stages
+        mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
+        mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
+        load(Q, batch, head, start_m, q_full.index(slot), q_smem.index(slot))
+        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        tma.async_copy_global_to_shared(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
+        slot = i % C.dout_stages
+        mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
+        mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
+        load(dOut, batch, head, start_m, do_full.index(slot), do_smem.index(slot))
+
+
+@gluon.jit
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
+    """The warp that adds dq to the sums, and stores dk and dv.
+
+    Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
+    """
+    q_smem, dq_smem, dq_full, dq_empty, done = (
+        shared[2],
+        shared[6],
+        shared[8],
+        shared[9],
+        shared[10],
+    )
+    BLOCK_D: gl.constexpr = q_smem.shape[4]
+    PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
+    ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
+    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    LAG: gl.constexpr = 1 if C.lag else 0
+    if C.lag:
+        for w in gl.static_range(DQ_BUFFERS):  # dq of no step
+            mbarrier.wait(dq_full.index(w), 0)
+            mbarrier.arrive(dq_empty.index(w), count=1)
+    for i in range(LAG, group_size * blocks + LAG):
+        head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
+        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        if C.deterministic:
+            # Programs of earlier keys have smaller numbers, so they are running or done.
+            while gl.atomic_add(Turn + row, 0, sem="acquire") != tile_n:
+                pass
+            fence_async_global()
+        for r in gl.static_range(ROUNDS):
+            for w in gl.static_range(DQ_BUFFERS):
+                mbarrier.wait(dq_full.index(w), (i * ROUNDS + r) & 1)
+                part = row * PARTS + r * DQ_BUFFERS + w
+                reduce_add(Sums, [part * PART_ROWS, 0], dq_smem.index(w))
+            for w in gl.static_range(DQ_BUFFERS):
+                tma.store_wait(DQ_BUFFERS - 1 - w)
+                mbarrier.arrive(dq_empty.index(w), count=1)
+        if C.deterministic:
+            wait_for_reductions()
+            fence_async_global()
+            gl.atomic_add(Turn + row, 1, sem="release")
+
+    # The consumers have no registers left for where dk and dv go.
+    mbarrier.wait(done.index(0), 0)
+    for w in gl.static_range(C.block_n // KEYS):
+        row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
+        tma.async_copy_shared_to_global(dV, [batch, head_k, row, 0], dv_smem.index(w))
+        tma.async_copy_shared_to_global(dK, [batch, head_k, row, 0], dk_smem.index(w))
+    tma.store_wait(0)

@@ -1,0 +1,197 @@
+"""v3's backward for head dimensions above 128: three warpgroups, each with a product of its own.
+
+dk and dv of 64 keys fill the registers of two warpgroups, so one holds dk and the other dv, and a
+third makes p and ds for both. p and ds go through shared memory, as [queries, keys]; of dq the
+first makes the odd parts of 64 columns and the second the even ones.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triflash.kernels.common.mask import visible
+from triflash.kernels.common.softmax import LOG2_E
+from triflash.kernels.v3.backward_shared import (
+    DQ_BUFFERS,
+    KEYS,
+    PART,
+    PART_COLUMNS,
+    PART_ROWS,
+    adder,
+    locate,
+    next_block,
+    pack,
+    producer,
+)
+from triflash.kernels.v3.tma import barriers, buffers, tile
+
+P_STAGES = gl.constexpr(2)  # blocks of p, and of ds
+
+
+@gluon.jit
+def scores(shared, softmax_scale, sizes, C: gl.constexpr):
+    """The warpgroup that makes p and ds."""
+    BLOCK_M: gl.constexpr = C.block_m
+    k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
+    k_full, v_full, q_full, q_empty, do_full, do_empty = bars
+    p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    scale_log2 = softmax_scale * LOG2_E
+    # Masks count from the first query and the first key that it sees, which saves registers.
+    first = start + seqlen_k - seqlen_q - tile_n * KEYS
+    keys = 0 if C.causal else seqlen_k - tile_n * KEYS
+    edge = gl.cdiv(full - start, BLOCK_M)
+    m = blocks - 1 if C.backwards else 0
+    k = tile(k_smem, 0)
+    v = tile(v_smem, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(v_full.index(0), 0)
+    for i in range(group_size * blocks):
+        q_slot = i % C.stages
+        do_slot = i % C.dout_stages
+        slot = i % P_STAGES
+        q = tile(q_smem, q_slot)
+        dout = tile(do_smem, do_slot)
+        stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
+        mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
+        zeros = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
+        dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        lse = stats.slice(0, BLOCK_M).load(QUERIES)
+        minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(q_empty.index(q_slot), count=1)
+        p = gl.exp2(s * scale_log2 - lse[:, None])
+        if C.causal or C.check_keys:
+            if m < edge:  # only tiles on the edge of the mask pay for it
+                q_idx = first + m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[:, None]
+                k_idx = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+                p = gl.where(visible(q_idx, k_idx, 0, keys, C.causal), p, 0.0)
+        mbarrier.wait(p_empty.index(slot), i // P_STAGES & 1 ^ 1)
+        p_smem.index(slot).store(p.to(q.dtype))
+        fence_async_shared()
+        mbarrier.arrive(p_full.index(slot), count=1)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        mbarrier.arrive(do_empty.index(do_slot), count=1)
+        ds = p * (dp + minus_delta[:, None])
+        mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
+        ds_smem.index(slot).store(ds.to(q.dtype))
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(slot), count=1)
+        m = next_block(m, blocks, C)
+
+
+@gluon.jit
+def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr):
+    """A warpgroup that makes dv or dk, and every other part of dq."""
+    k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
+    k_full, _, _, q_empty, _, do_empty = bars
+    p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    W: gl.constexpr = 1 if IS_DK else 0
+    ring = q_smem if IS_DK else do_smem
+    ring_empty = q_empty if IS_DK else do_empty
+    STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
+    BLOCK_D: gl.constexpr = ring.shape[4]
+    ROUNDS: gl.constexpr = k_smem.shape[4] // PART // DQ_BUFFERS
+    LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    _tile_n, _batch, _head_k, _start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    k = tile(k_smem, 0)
+    acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
+    mbarrier.wait(k_full.index(0), 0)
+    for i in range(group_size * blocks):
+        slot = i % P_STAGES
+        phase = i // P_STAGES & 1
+        ring_slot = i % STAGES
+        ds = ds_smem.index(slot)
+        if IS_DK:
+            mbarrier.wait(ds_full.index(slot), phase)
+            acc = warpgroup_mma(ds.permute((1, 0)), tile(ring, ring_slot), acc, is_async=True)
+        else:
+            mbarrier.wait(p_full.index(slot), phase)
+            p = p_smem.index(slot)
+            acc = warpgroup_mma(p.permute((1, 0)), tile(ring, ring_slot), acc, is_async=True)
+            mbarrier.wait(ds_full.index(slot), phase)
+        for r in gl.static_range(ROUNDS):
+            dq = gl.zeros([PART, PART], gl.float32, LAYOUT_P)
+            dq = warpgroup_mma(ds, k.slice((r * DQ_BUFFERS + W) * PART, PART, dim=1), dq,
+                               use_acc=False, is_async=True)  # fmt: skip
+            if r == 0:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(ring_empty.index(ring_slot), count=1)
+                if not IS_DK:
+                    mbarrier.arrive(p_empty.index(slot), count=1)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            if r == ROUNDS - 1:
+                mbarrier.arrive(ds_empty.index(slot), count=1)
+            mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1 ^ 1)
+            dq_smem.index(W).store(pack(dq))
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(W), count=1)
+
+    # dk and dv leave through the memory of q and dout: all loads have come and have been used.
+    if IS_DK:
+        acc = acc * softmax_scale
+    tile(ring, 0).store(acc.to(ring.dtype))
+    fence_async_shared()
+    mbarrier.arrive(done.index(0), count=1)
+
+
+@gluon.jit(do_not_specialize=["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k"])
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nheads, nheads_k,
+                    group_size, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
+    """One program a block of 64 keys of a key head."""
+    BLOCK_M: gl.constexpr = C.block_m
+    k_smem = buffers(K, 1)
+    v_smem = buffers(V, 1)
+    q_smem = buffers(Q, C.stages)
+    do_smem = buffers(dOut, C.dout_stages)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [C.stages, 1, 2 * BLOCK_M], Stats.layout)
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], Q.dtype)
+    pairs = (
+        gl.allocate_shared_memory(Q.dtype, [P_STAGES, BLOCK_M, KEYS], LAYOUT),
+        gl.allocate_shared_memory(Q.dtype, [P_STAGES, BLOCK_M, KEYS], LAYOUT),
+        barriers(P_STAGES, 1),
+        barriers(P_STAGES, 1),
+        barriers(P_STAGES, 1),
+        barriers(P_STAGES, 2),
+    )
+    dq_smem = gl.allocate_shared_memory(
+        gl.float32, [DQ_BUFFERS, PART_ROWS, PART_COLUMNS], Sums.layout
+    )
+    bars = (
+        barriers(1, 1),
+        barriers(1, 1),
+        barriers(C.stages, 1),
+        barriers(C.stages, 2),
+        barriers(C.dout_stages, 1),
+        barriers(C.dout_stages, 2),
+    )
+    dq_full = barriers(DQ_BUFFERS, 1)
+    dq_empty = barriers(DQ_BUFFERS, 1)
+    done = barriers(1, 2)
+    fence_async_shared()
+    shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
+              dq_empty, done)  # fmt: skip
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
+    gl.warp_specialize(
+        [
+            (scores, (shared, softmax_scale, sizes, C)),
+            (gradient, (shared, softmax_scale, sizes, False, C)),
+            (gradient, (shared, softmax_scale, sizes, True, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, C)),
+            (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, C)),
+        ],
+        [4, 4, 1, 1],
+        [192, 192, 24, 24],
+    )
