@@ -298,7 +298,7 @@ def test_compute_sanitizer(implementation, tool, device):
     code = (
         "import torch\n"
         "from triflash.testing import *\n"
-        "for headdim in (33, 40, 128):\n"
+        "for headdim in (33, 40, 128, 256):\n"
         "    case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=headdim, causal=True)\n"
         f"    if unsupported(case, {implementation!r}, 'cuda') is None:\n"
         f"        run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
