@@ -188,6 +188,49 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     return wanted
 
 
+def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
+    if not features.mods:
+        return None, None
+    named = dict(zip(features.names, extras, strict=True))
+    scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
+    mask = features.mask_mod
+    return scores or None, mask and (get(mask.key).function, _values(mask, named))
+
+
+def for_backward(
+    features: Features, extras: tuple[Tensor, ...]
+) -> tuple[tuple[Any, Any], Callable[[], list[Tensor]]]:
+    """The same in a backward, and what gives the gradients of extras once kernels have run."""
+    if not features.mods:
+        return (None, None), list
+    named = dict(zip(features.names, extras, strict=True))
+    sums: dict[str, Tensor] = {}
+    scores = []
+    for mod in features.score_mods:
+        known = get(mod.key)
+        gradient, grads = None, ()
+        if any(a in features.with_grad for a in mod.aux):
+            floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
+            for name in floating:
+                sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
+            gradient, grads = known.gradient, tuple(sums[name] for name in floating)
+        scores.append((known.function, _values(mod, named), known.derivative, gradient, grads))
+
+    def dextras() -> list[Tensor]:
+        return [
+            sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
+            for name in features.names
+            if name in features.with_grad
+        ]
+
+    return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+
+
+def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
+    return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
+
+
 def check_function(what: str, function: Any, parameters: str) -> None:
     """Raise a TypeError that says what `function` must be if it is something else."""
     inner = getattr(function, "fn", None)

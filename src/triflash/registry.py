@@ -159,6 +159,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
+        features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod"}),
     ),
     Implementation(
         name="v2_torch",
