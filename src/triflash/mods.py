@@ -206,16 +206,16 @@ def for_backward(
         return (None, None), list
     named = dict(zip(features.names, extras, strict=True))
     sums: dict[str, Tensor] = {}
-    scores = []
+    scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
         known = get(mod.key)
-        gradient, grads = None, ()
+        entry = (known.function, _values(mod, named), known.derivative)
         if any(a in features.with_grad for a in mod.aux):
             floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
             for name in floating:
                 sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
-            gradient, grads = known.gradient, tuple(sums[name] for name in floating)
-        scores.append((known.function, _values(mod, named), known.derivative, gradient, grads))
+            entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
+        scores.append(entry)
 
     def dextras() -> list[Tensor]:
         return [

@@ -2,8 +2,8 @@
 
 Kernels take them as ordinary arguments, functions and all: Triton then compiles for these functions
 and knows them by their source. ScoreMods is a tuple of `(function, aux)`, in the backward of
-`(function, aux, derivative, gradient, grads)`; MaskMod is one `(function, aux)`; either may be
-None. Tiles of indices are passed in, so that any layout will do.
+`(function, aux, derivative)` or, if gradients of aux are wanted, `(function, aux, derivative,
+gradient, grads)`; MaskMod is one `(function, aux)`. Either may be None. Tiles of indices are passed in, so that any layout will do.
 """
 
 import triton
@@ -39,7 +39,7 @@ def derive(dscore, score, b, h, q_idx, kv_idx, seqlen_q, seqlen_k, ScoreMods,
             aux = ScoreMods[n][1] + (seqlen_q, seqlen_k)
             before = ScoreMods[n][0](before, b, h, q_idx, kv_idx, aux)
         aux = ScoreMods[i][1] + (seqlen_q, seqlen_k)
-        if SCATTER and ScoreMods[i][3] is not None:
+        if SCATTER and len(ScoreMods[i]) > 3:
             ScoreMods[i][3](dscore, before, b, h, q_idx, kv_idx, aux, ScoreMods[i][4])
         dscore = ScoreMods[i][2](dscore, before, b, h, q_idx, kv_idx, aux)
         tl.static_assert(dscore.dtype == tl.float32, "a derivative must return float32")
