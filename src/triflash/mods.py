@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -209,7 +211,7 @@ def for_backward(
     scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
         known = get(mod.key)
-        entry = (known.function, _values(mod, named), known.derivative)
+        entry: tuple[Any, ...] = (known.function, _values(mod, named), known.derivative)
         if any(a in features.with_grad for a in mod.aux):
             floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
             for name in floating:
@@ -225,6 +227,28 @@ def for_backward(
         ]
 
     return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+
+
+@contextmanager
+def explained(features: Features) -> Iterator[None]:
+    """Names the function in errors of kernels/common/mods.py, which are raised in compiling."""
+    try:
+        yield
+    except Exception as error:
+        blamable = {
+            "score_mod": features.score_mods,
+            "derivative": features.score_mods,
+            "mask_mod": (features.mask_mod,),
+        }
+        cause: BaseException | None = error
+        while cause is not None:
+            for what, mods in blamable.items():
+                found = re.search(rf"a {what} must return [^\"']*", str(cause))
+                if found:
+                    keys = [mod.key for mod in mods if mod and mod.key not in _BUILT_IN]
+                    raise TypeError(f"{', '.join(keys)}: {found[0].strip()}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:

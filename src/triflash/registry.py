@@ -80,6 +80,11 @@ class Implementation:
                     f"{self.name} does not have {FEATURES[feature]}; {', '.join(having)} "
                     f"{'has' if len(having) == 1 else 'have'}."
                 )
+        if spec.deterministic and spec.features.with_grad and self.needs_kernels:
+            return (
+                f"{self.name} refuses deterministic=True with a gradient of "
+                f"{', '.join(spec.features.with_grad)}, to which programs add in any order."
+            )
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."

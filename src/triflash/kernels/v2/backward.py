@@ -9,6 +9,7 @@ FLOPs: 14 * seqlen_q * seqlen_k * headdim a head, half of that when causal (2.5 
 what benchmarks count: 10). Workspace: delta, float32 `(batch, nheads, seqlen_q)`.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -54,16 +55,15 @@ def delta_kernel(Out, dOut, dLse, Delta, stride_ob, stride_os, stride_oh, stride
     tl.store(Delta + row + offs_m, delta, mask=offs_m < seqlen_q)
 
 
-@triton.jit(
-    do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k", "window_left", "window_right"]
-)
+@triton.jit(do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k", "window_left", "window_right"])
 def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_scale, stride_qb,
-                stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-                stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs,
-                stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
-                HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+                stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+                stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
+                stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k,
+                window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
+                CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
                 USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
@@ -147,16 +147,15 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_s
                HEADDIM_V, BLOCK_N, BLOCK_DV)  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"]
-)
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
 def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, stride_qb,
-              stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-              stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads, group_size,
-              seqlen_q, seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
-              HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+              stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+              stride_vh, stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
+              nheads, group_size, seqlen_q, seqlen_k, window_left, window_right,
+              HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+              CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+              USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -257,7 +256,8 @@ def backward(
     for launch, grads in ((launch_dkdv, (dk, dv)), (launch_dq, (dq,))):
         if grads[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
-            launch(*operands, lse, delta, *grads, *modifications)
+            with mods.explained(spec.features) if spec.features.mods else nullcontext():
+                launch(*operands, lse, delta, *grads, *modifications)
     return dq, dk, dv, *dextras()
 
 

@@ -9,6 +9,7 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each block of queries, mostly from L2.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -32,16 +33,14 @@ from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 
 
-@triton.jit(
-    do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"]
-)
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
 def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_qb, stride_qs,
                    stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                    stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q, seqlen_k,
-                   window_left, window_right, HEADDIM: tl.constexpr,
-                   HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                   CHECK_KEYS: tl.constexpr, SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
+                   window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
+                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
                    USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -136,7 +135,8 @@ def forward(
         q = tile_descriptor(q, launch.config.block_m, block_d)
         k = tile_descriptor(k, launch.config.block_n, block_d)
         v = tile_descriptor(v, launch.config.block_n, block_dv)
-    launch(q, k, v, out, lse, *mods.for_forward(spec.features, extras))
+    with mods.explained(spec.features) if spec.features.mods else nullcontext():
+        launch(q, k, v, out, lse, *mods.for_forward(spec.features, extras))
     return out, lse, []
 
 
