@@ -21,12 +21,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triflash import registry
+from triflash import mods, registry
 from triflash.kernels.common.launch import Launch
 from triflash.spec import make_spec
 from triflash.target import Target
+from triflash.testing import Case
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("cuda", "sm_80", 108), 163 * 1024),
@@ -39,7 +41,9 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), Target("hip", "gfx942", 304), 64 * 1024),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), Target("hip", "gfx1100", 96), 64 * 1024),
 }
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
+}  # fmt: skip
 
 
 @dataclass
@@ -101,8 +105,12 @@ def record_call(
     allow_tf32: bool = False,
     softmax_scale: float | None = None,
     dlse: bool = False,
+    case: dict[str, Any] | None = None,
 ) -> list[RecordedLaunch]:
-    """The launches of forward and backward for one call on `target`."""
+    """The launches of forward and backward for one call on `target`.
+
+    `case` has fields of `Case` for the features of the call.
+    """
     headdim_v = headdim if headdim_v is None else headdim_v
     seqlen_k = seqlen if seqlen_k is None else seqlen_k
 
@@ -113,42 +121,58 @@ def record_call(
     k = empty(batch, seqlen_k, nheads_k, headdim)
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
     spec = make_spec(q, k, v, softmax_scale, causal, False, allow_tf32)
+    extras = ()
+    if case is not None:
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal, **case)
+        arguments = of.extras(torch.device("meta"))
+        spec = of.spec_of(q, k, v, arguments)
+        extras = mods.features_of(**arguments)[1]
     row = registry.get(implementation)
     with recorded(target, row) as launches:
-        out, lse, saved = row.load_forward()(q, k, v, spec)
+        out, lse, saved = row.load_forward()(q, k, v, spec, *([extras] if extras else []))
         if row.backward is not None:
             gradient = torch.empty_like(lse) if dlse else None
             dout = torch.empty_like(out)
-            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec)
+            arguments = (dout, gradient, q, k, v, out, lse, saved, spec)
+            row.load_backward()(*arguments, *([extras] if extras else []))
     return launches
 
 
 def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     """Compile as Triton would at this launch; raises what Triton raises."""
     kernel = launch.kernel
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
     values = (*launch.args, *launch.constexprs)
     assert len(values) == len(kernel.params)
+
+    def describe(value: Any, path: tuple[int, ...], specialise: bool) -> Any:
+        """The type of an argument in the signature, as Triton's JIT finds it."""
+        if isinstance(value, tuple):
+            return tuple(describe(v, (*path, i), specialise) for i, v in enumerate(value))
+        one = isinstance(value, int) and value == 1 and specialise
+        if value is None or isinstance(value, JITFunction) or one:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
+        if isinstance(value, torch.Tensor):
+            attrs[path] = [["tt.divisibility", 16]]
+            return f"*{_TYPES[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and specialise:
+            attrs[path] = [["tt.divisibility", 16]]
+        return "i64" if value >= 2**31 else "i32"
+
     for i, (param, value) in enumerate(zip(kernel.params, values, strict=True)):
-        if param.is_constexpr or (
-            isinstance(value, int) and value == 1 and not param.do_not_specialize
-        ):
+        if param.is_constexpr:
             signature[param.name] = "constexpr"
             constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            shape = ",".join(map(str, value.block_shape))
-            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = f"*{_TYPES[value.dtype]}"
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
         else:
-            signature[param.name] = "i64" if value >= 2**31 else "i32"
-            if value % 16 == 0 and not param.do_not_specialize:
-                attrs[(i,)] = [["tt.divisibility", 16]]
+            signature[param.name] = describe(value, (i,), not param.do_not_specialize)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     compiled = triton.compile(source, target=target, options=options)

@@ -176,7 +176,7 @@ BAD = {
         {"alibi_slopes": torch.ones(4, device="meta")}, ValueError, ["alibi_slopes", "meta"],
     ),
     "slopes strided": (
-        {"alibi_slopes": torch.ones(8)[::2]}, ValueError, ["alibi_slopes", "contiguous"],
+        {"alibi_slopes": torch.ones(1).expand(4)}, ValueError, ["alibi_slopes", "contiguous"],
     ),
     "bare score_mod": ({"score_mod": _plain}, TypeError, ["score_mod", "triflash.mods", "_plain"]),
     "bare mask_mod": ({"mask_mod": document}, TypeError, ["mask_mod", "document"]),
@@ -195,7 +195,9 @@ def test_bad_input(bad, device):
     options, error, words = BAD[bad]
     q = torch.randn(2, 5, 4, 16, device=device)
     options = {
-        name: value.to(device) if getattr(value, "is_cpu", False) else value
+        name: value.to(device).as_strided(value.shape, value.stride())
+        if getattr(value, "is_cpu", False)
+        else value
         for name, value in options.items()
     }
     with pytest.raises(error) as caught:
@@ -214,6 +216,45 @@ def test_bad_functions():
         mods.score_mod(relative, derivative=relative)
     with pytest.raises(TypeError, match="gradient relative must take"):
         mods.score_mod(relative, gradient=relative)
+
+
+@triton.jit
+def halved(score, b, h, q_idx, kv_idx, aux):
+    return score.to(tl.float16)
+
+
+@triton.jit
+def summed(dscore, score, b, h, q_idx, kv_idx, aux):
+    return tl.sum(dscore, 0)
+
+
+@triton.jit
+def weighing(b, h, q_idx, kv_idx, aux):
+    return (q_idx - kv_idx) * 1.0
+
+
+def test_functions_that_return_something_else(device):
+    q = torch.randn(1, 5, 2, 16, device=device, dtype=torch.float16, requires_grad=True)
+    good = mods.score_mod(relative, derivative=summed)
+    for options, words in (
+        ({"score_mod": mods.score_mod(halved, derivative=relative_derivative)}, r"halved.*float32"),
+        ({"mask_mod": mods.mask_mod(weighing)}, r"weighing.*bool"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            attention(q, q, q, implementation="v2", **options)
+    bias = torch.zeros(2, 15, device=device)
+    out = attention(q, q, q, implementation="v2", score_mod=good, aux=(bias, 7))
+    with pytest.raises(TypeError, match=r"relative.*derivative.*float32"):
+        out.sum().backward()
+
+
+def test_deterministic_has_no_atomic_gradients(device):
+    q = torch.randn(1, 5, 2, 16, device=device, dtype=torch.float16, requires_grad=True)
+    options = {"score_mod": RELATIVE, "implementation": "v2", "deterministic": True}
+    bias = torch.zeros(2, 15, device=device)
+    attention(q, q, q, aux=(bias, 7), **options)
+    with pytest.raises(NotImplementedError, match="deterministic=True with a gradient of aux0"):
+        attention(q, q, q, aux=(bias.requires_grad_(), 7), **options)
 
 
 def test_gradients_that_nobody_wrote_are_refused(device):

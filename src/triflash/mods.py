@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -186,6 +188,71 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
                 "triflash.mods.score_mod, or detach it"
             )
     return wanted
+
+
+def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
+    if not features.mods:
+        return None, None
+    named = dict(zip(features.names, extras, strict=True))
+    scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
+    mask = features.mask_mod
+    return scores or None, mask and (get(mask.key).function, _values(mask, named))
+
+
+def for_backward(
+    features: Features, extras: tuple[Tensor, ...]
+) -> tuple[tuple[Any, Any], Callable[[], list[Tensor]]]:
+    """The same in a backward, and what gives the gradients of extras once kernels have run."""
+    if not features.mods:
+        return (None, None), list
+    named = dict(zip(features.names, extras, strict=True))
+    sums: dict[str, Tensor] = {}
+    scores: list[tuple[Any, ...]] = []
+    for mod in features.score_mods:
+        known = get(mod.key)
+        entry: tuple[Any, ...] = (known.function, _values(mod, named), known.derivative)
+        if any(a in features.with_grad for a in mod.aux):
+            floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
+            for name in floating:
+                sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
+            entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
+        scores.append(entry)
+
+    def dextras() -> list[Tensor]:
+        return [
+            sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
+            for name in features.names
+            if name in features.with_grad
+        ]
+
+    return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+
+
+@contextmanager
+def explained(features: Features) -> Iterator[None]:
+    """Names the function in errors of kernels/common/mods.py, which are raised in compiling."""
+    try:
+        yield
+    except Exception as error:
+        blamable = {
+            "score_mod": features.score_mods,
+            "derivative": features.score_mods,
+            "mask_mod": (features.mask_mod,),
+        }
+        cause: BaseException | None = error
+        while cause is not None:
+            for what, mods in blamable.items():
+                found = re.search(rf"a {what} must return [^\"']*", str(cause))
+                if found:
+                    keys = [mod.key for mod in mods if mod and mod.key not in _BUILT_IN]
+                    raise TypeError(f"{', '.join(keys)}: {found[0].strip()}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
+    return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
 
 
 def check_function(what: str, function: Any, parameters: str) -> None:

@@ -76,6 +76,11 @@ class Implementation:
                     f"{self.name} does not have {FEATURES[feature]}; {', '.join(having)} "
                     f"{'has' if len(having) == 1 else 'have'}."
                 )
+        if spec.deterministic and spec.features.with_grad and self.needs_kernels:
+            return (
+                f"{self.name} refuses deterministic=True with a gradient of "
+                f"{', '.join(spec.features.with_grad)}, to which programs add in any order."
+            )
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
@@ -150,6 +155,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
+        features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod"}),
     ),
     Implementation(
         name="v2_torch",

@@ -113,7 +113,11 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if _loads_modifications(spec):
+        return _with_loads(spec, target)
     if spec.dtype == torch.float32:
+        if _modifies(spec) and d <= 64 and dot_precision(spec, target) == "ieee":
+            return TileConfig(64, 32, 8, 2)  # 64 keys spill
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
@@ -130,7 +134,10 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
             # Measured: causal 460-532 against 428-489 with 4 warps; full 521-538 against 453-473
             # with 8. Under the power limit large tiles, which move fewer bytes, beat the 64 x 64
             # that wins short bursts.
-            return TileConfig(128, 128, 8, 3) if spec.causal else TileConfig(128, 64, 4, 2)
+            # 4 warps have no registers left for windows and modifications.
+            if spec.causal:
+                return TileConfig(128, 128, 8, 3)
+            return TileConfig(128, 64, 8 if spec.features.uses else 4, 2)
         return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
     if _has_227_kib(target):
         return TileConfig(128, 64, 8, 2)
@@ -147,6 +154,8 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if _loads_modifications(spec):
+        return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
         return _float32(_FLOAT32_DKDV, spec, target)
     if target.kind == "hip":
@@ -155,18 +164,22 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
         return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
     if use_tma:
         if d <= 64:
-            # Measured: 438-501; every other size stayed under 320.
-            return TileConfig(128, 64, 4, 2)
+            # Measured: 438-501; every other size stayed under 320. Modified scores would spill.
+            return TileConfig(64 if _modifies(spec) else 128, 64, 4, 2)
         if d <= 128:
             # Measured: 462-553 against 405-512 with 128 keys and 8 warps: two small programs on a
-            # multiprocessor hide each other's waiting. Masked head dimensions would spill there.
-            return TileConfig(64 if _fills_tiles(spec) else 32, 64, 4, 2)
+            # multiprocessor hide each other's waiting. Masked head dimensions would spill there,
+            # masks on both sides and modified scores too: softcap 6.46 ms against 6.92 with 64
+            # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32.
+            roomy = _fills_tiles(spec) and not _masks_both_sides(spec)
+            roomy = roomy and spec.features.uses in ((), ("window",), ("alibi",))
+            return TileConfig(64 if roomy else 32, 64, 4, 2)
         # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
     if d <= 64:
         return TileConfig(32, 64, 4, 3)  # 64 queries spill when pointers take registers too
     if d <= 128:
-        return TileConfig(32, 64, 4, 2)
+        return TileConfig(32, 64, 8 if _modifies(spec) else 4, 2)
     return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
@@ -175,6 +188,8 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if _loads_modifications(spec):
+        return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
         return _float32(_FLOAT32_DQ, spec, target)
     if target.kind == "hip":
@@ -460,6 +475,45 @@ def _has_227_kib(target: Target) -> bool:
 def _vectorises(spec: AttentionSpec) -> bool:
     """Whether Triton knows that rows start at 16 bytes; other pointer loads take more registers."""
     return spec.headdim % 16 == 0 and spec.headdim_v % 16 == 0
+
+
+def _loads_modifications(spec: AttentionSpec) -> bool:
+    """Whether functions of users load from tensors; what they load for a tile, Triton may keep in
+    shared memory, once for each stage."""
+    return any(
+        any(isinstance(a, str) for a in mod.aux) and mod.key != "alibi"
+        for mod in spec.features.mods
+    )
+
+
+def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
+    """A forward tile that leaves room for a float32 tile in each stage."""
+    d = _widest(spec)
+    if spec.dtype == torch.float32:
+        return TileConfig(32, 32 if d <= 64 else 16, 8, 1)
+    if _has_227_kib(target) and d <= 128 and _vectorises(spec):
+        return TileConfig(128, 64, 8, 2)
+    return TileConfig(32 if d > 128 else 64, 32, 4, 1)
+
+
+def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
+    """The same in the backward."""
+    d = _widest(spec)
+    if spec.dtype == torch.float32:
+        return TileConfig(16, 32 if d <= 64 else 16, 8, 1)
+    if _has_227_kib(target) and d <= 128 and _vectorises(spec):
+        return TileConfig(64, 64, 8, 2)
+    return TileConfig(32, 32, 8 if d > 64 else 4, 1)
+
+
+def _masks_both_sides(spec: AttentionSpec) -> bool:
+    """Whether a window is checked on its left, and its right side is none of causal's."""
+    return spec.features.window_left is not None and not spec.causal
+
+
+def _modifies(spec: AttentionSpec) -> bool:
+    """Whether scores are modified: a backward then holds them beside p and ds."""
+    return bool(spec.features.score_mods)
 
 
 def _fills_tiles(spec: AttentionSpec) -> bool:

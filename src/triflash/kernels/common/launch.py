@@ -31,7 +31,7 @@ class Launch:
         self,
         kernel: Any,
         programs: int,
-        scalars: tuple[float, ...],
+        scalars: tuple[float | None, ...],
         constexprs: tuple[Any, ...],
         config: Any,
         views: tuple[Callable[[Any], Any], ...] = (),
@@ -129,6 +129,11 @@ def strides_of(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
 def aligned(*tensors: Any) -> tuple[bool, ...]:
     """Which tensors start at a multiple of 16 bytes."""
     return tuple(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+
+
+def kinds(*tensors: Any) -> tuple[tuple[Any, bool], ...]:
+    """What Triton compiles anew for: dtypes, and which tensors start at a multiple of 16 bytes."""
+    return tuple((tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors)
 
 
 def tma_can_read(*tensors: Any) -> bool:

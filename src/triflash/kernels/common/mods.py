@@ -1,8 +1,10 @@
 """Modifications of scores and masks: how kernels call them, and the built-in ones.
 
-Kernels take them as a tuple of entries `(function, derivative, gradient, grads, aux)`, functions
-and all, as an ordinary argument: Triton then compiles for these functions, and knows them by their
-source.
+Kernels take them as ordinary arguments, functions and all: Triton then compiles for these functions
+and knows them by their source. ScoreMods is a tuple of `(function, aux)`, in the backward of
+`(function, aux, derivative)` or, if gradients of aux are wanted, `(function, aux, derivative,
+gradient, grads)`; MaskMod is one `(function, aux)`. Either may be None. Tiles of indices are passed
+in, so that any layout will do.
 """
 
 import triton
@@ -10,16 +12,74 @@ import triton.language as tl
 
 
 @triton.jit
+def modify(score, b, h, q_idx, kv_idx, seqlen_q, seqlen_k, ScoreMods):
+    """The scaled scores behind all modifications."""
+    q_idx = tl.minimum(q_idx, seqlen_q - 1)  # so that what users load by them exists
+    kv_idx = tl.minimum(kv_idx, seqlen_k - 1)
+    for i in tl.static_range(len(ScoreMods)):
+        aux = ScoreMods[i][1] + (seqlen_q, seqlen_k)
+        before = score
+        score = ScoreMods[i][0](before, b, h, q_idx, kv_idx, aux)
+        tl.static_assert(
+            score.dtype == tl.float32 and score.shape == before.shape,
+            "a score_mod must return float32 scores of the shape it got",
+        )
+    return score
+
+
+@triton.jit
+def derive(dscore, score, b, h, q_idx, kv_idx, seqlen_q, seqlen_k, ScoreMods,
+           SCATTER: tl.constexpr = False):  # fmt: skip
+    """From the gradient of modified scores that of the scaled ones, `score`; 0 past the ends.
+
+    With SCATTER, gradients of aux are added to memory; dscore must then be 0 where keys are hidden.
+    """
+    exist = (q_idx < seqlen_q) & (kv_idx < seqlen_k)
+    q_idx = tl.minimum(q_idx, seqlen_q - 1)
+    kv_idx = tl.minimum(kv_idx, seqlen_k - 1)
+    for i in tl.static_range(len(ScoreMods) - 1, -1, -1):
+        before = score  # what modification i got
+        for n in tl.static_range(i):
+            aux = ScoreMods[n][1] + (seqlen_q, seqlen_k)
+            before = ScoreMods[n][0](before, b, h, q_idx, kv_idx, aux)
+        aux = ScoreMods[i][1] + (seqlen_q, seqlen_k)
+        if SCATTER and len(ScoreMods[i]) > 3:
+            ScoreMods[i][3](dscore, before, b, h, q_idx, kv_idx, aux, ScoreMods[i][4])
+        dscore = ScoreMods[i][2](dscore, before, b, h, q_idx, kv_idx, aux)
+        tl.static_assert(
+            dscore.dtype == tl.float32 and dscore.shape == score.shape,
+            "a derivative must return float32 of the shape it got",
+        )
+    return tl.where(exist, dscore, 0.0)  # padding is not what a derivative was written for
+
+
+@triton.jit
+def shown(b, h, q_idx, kv_idx, seqlen_q, seqlen_k, MaskMod):
+    """Whether the mask modification lets the query see the key."""
+    q_idx = tl.minimum(q_idx, seqlen_q - 1)
+    kv_idx = tl.minimum(kv_idx, seqlen_k - 1)
+    seen = MaskMod[0](b, h, q_idx, kv_idx, MaskMod[1] + (seqlen_q, seqlen_k))
+    tl.static_assert(seen.dtype == tl.int1, "a mask_mod must return bool (tl.int1)")
+    return seen
+
+
+@triton.jit
+def tanh(x):
+    """By an exponential whose overflow gives 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
 def softcap(score, b, h, q_idx, kv_idx, aux):
-    """cap * tanh(score / cap), by an exponential that cannot overflow to NaN."""
-    return aux[0] - 2.0 * aux[0] / (1.0 + tl.exp(score * (2.0 / aux[0])))
+    """cap * tanh(score / cap)."""
+    return aux[0] * tanh(score * (1.0 / aux[0]))
 
 
 @triton.jit
 def softcap_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
     """1 - tanh^2."""
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp(score * (2.0 / aux[0])))
-    return dscore * (1.0 - tanh * tanh)
+    t = tanh(score * (1.0 / aux[0]))
+    return dscore * (1.0 - t * t)
 
 
 @triton.jit

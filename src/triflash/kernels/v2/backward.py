@@ -9,21 +9,24 @@ FLOPs: 14 * seqlen_q * seqlen_k * headdim a head, half of that when causal (2.5 
 what benchmarks count: 10). Workspace: delta, float32 `(batch, nheads, seqlen_q)`.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from triflash import tuning
+from triflash import mods, tuning
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
+    kinds,
     strides_of,
     tile_descriptor,
     tma_can_read,
 )
-from triflash.kernels.common.mask import key_range, query_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, query_end, query_range, visible
+from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.tiles import load_tile, store_tile
 from triflash.spec import AttentionSpec
@@ -52,14 +55,15 @@ def delta_kernel(Out, dOut, dLse, Delta, stride_ob, stride_os, stride_oh, stride
     tl.store(Delta + row + offs_m, delta, mask=offs_m < seqlen_q)
 
 
-@triton.jit(do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k"])
-def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, stride_qs, stride_qh,
-                stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-                stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs,
-                stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
-                HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k", "window_left", "window_right"])
+def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_scale, stride_qb,
+                stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+                stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
+                stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k,
+                window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
+                CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
                 USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
@@ -81,8 +85,11 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
                   BLOCK_N, BLOCK_DV, True, USE_TMA)  # fmt: skip
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    start, full = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    span = tl.cdiv(tl.maximum(seqlen_q - start, 0), BLOCK_M) * BLOCK_M
+    start, full = query_range(start_n, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    end = seqlen_q
+    if window_left is not None:
+        full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+    span = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M) * BLOCK_M
     # One loop over the heads of a group, so that one follows the other without a gap.
     for walked in tl.range(0, group_size * span, BLOCK_M):
         start_m = start + (walked % span if GQA else walked)
@@ -99,19 +106,39 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
         # As early as registers allow, so that the tensor cores work during the softmax.
         if BLOCK_M <= 64:
             dp_t = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+        if ScoreMods is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+            score_t = s_t * softmax_scale
+            s_t = modify(score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s_t = s_t * LOG2_E - lse_to_log2(lse)[None, :]
+        else:
+            s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
+        if MaskMod is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+            s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t)
-        if CAUSAL:
-            if start_m < full:  # only tiles on the edge of the mask pay for it
+        if CAUSAL or window_left is not None or window_right is not None:
+            edge = start_m < full
+            if window_left is not None:
+                edge = edge | (start_m >= full_to)
+            if edge:  # only tiles on the edge of the mask pay for it
                 q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, KEYS_ARE_ROWS=True)
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, True, window_left,
+                               window_right)  # fmt: skip
                 p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
         dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if BLOCK_M > 64:
             dp_t = tl.dot(v, dout.T, input_precision=PRECISION)
         delta = tl.load(Delta + row + start_m + offs_m, mask=in_rows, other=0.0)
         ds_t = p_t * (dp_t - delta[None, :])
+        if ScoreMods is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+            ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
     store_tile(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
@@ -120,14 +147,15 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, softmax_scale, stride_qb, str
                HEADDIM_V, BLOCK_N, BLOCK_DV)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k"])
-def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, softmax_scale, stride_qb, stride_qs, stride_qh,
-              stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-              stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads, group_size,
-              seqlen_q, seqlen_k, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
+def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, stride_qb,
+              stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+              stride_vh, stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
+              nheads, group_size, seqlen_q, seqlen_k, window_left, window_right,
+              HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+              CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+              USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -151,20 +179,45 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, softmax_scale, stride_qb, stride_qs
     delta = tl.load(Delta + row + offs_m, mask=in_rows, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    _, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    for start_n in tl.range(0, end, BLOCK_N):
+    _, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    begin = 0
+    if window_left is not None:
+        begin, _ = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+    MASKED: tl.constexpr = (
+        CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
+    )
+    for start_n in tl.range(begin, end, BLOCK_N):
         k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-        if CAUSAL or CHECK_KEYS:  # in every block: a branch costs 5% at d128, saves it at d64
+        if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            p = tl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
+            score = s * softmax_scale
+            s = modify(score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            p = tl.exp2(s * LOG2_E - lse_log2[:, None])
+        else:
+            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        if MASKED:  # in every block: a branch costs 5% at d128, saves it at d64
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                           window_right)  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+        if MaskMod is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+            p = tl.where(seen, p, 0.0)
         v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
+        if ScoreMods is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            ds = derive(ds, score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                        SCATTER=True)  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tile(dQ, dq * softmax_scale, batch, head, start_m, stride_dqb, stride_dqs, stride_dqh,
                seqlen_q, HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
@@ -180,9 +233,11 @@ def backward(
     lse: torch.Tensor,
     saved: list[torch.Tensor],
     spec: AttentionSpec,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    extras: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
+    Behind them the gradients of extras that `spec.features.with_grad` names.
     dout needs a contiguous last dimension; out, lse and dlse are contiguous.
     """
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
@@ -192,15 +247,18 @@ def backward(
     launch_delta, launch_dkdv, launch_dq = _prepare(
         spec, target, q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
         aligned(q, k, v, dout, out, lse), dlse is not None and aligned(dlse), use_tma,
+        kinds(*extras),
     )  # fmt: skip
+    modifications, dextras = mods.for_backward(spec.features, extras)
 
     if lse.numel():
         launch_delta(out, dout, lse if dlse is None else dlse, delta)
     for launch, grads in ((launch_dkdv, (dk, dv)), (launch_dq, (dq,))):
         if grads[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
-            launch(*operands, lse, delta, *grads)
-    return dq, dk, dv
+            with mods.explained(spec.features) if spec.features.mods else nullcontext():
+                launch(*operands, lse, delta, *grads, *modifications)
+    return dq, dk, dv, *dextras()
 
 
 def _descriptors(config: tuning.TileConfig, *inputs: torch.Tensor) -> tuple[object, ...]:
@@ -224,10 +282,12 @@ def _prepare(
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
     use_tma: bool,
+    kinds_of_extras: tuple[object, ...],
 ) -> tuple[Launch, Launch, Launch]:
     block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
     strides = (*stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_dout[:3])
     lengths = (spec.seqlen_q, spec.seqlen_k)
+    window = (spec.features.window_left, spec.features.window_right)
     precision = tuning.dot_precision(spec, target)
     queries, keys = spec.nheads * spec.batch, spec.nheads_k * spec.batch
 
@@ -247,7 +307,7 @@ def _prepare(
         triton.cdiv(spec.seqlen_k, config.block_n) * keys,
         (spec.softmax_scale, *strides, *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim),
          *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
-         *lengths),
+         *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.group_size > 1, spec.seqlen_q % config.block_m != 0, precision,
          use_tma),
@@ -259,7 +319,7 @@ def _prepare(
         dq_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
         (spec.softmax_scale, *strides, *strides_of(spec.seqlen_q, spec.nheads, spec.headdim),
-         spec.nheads, spec.group_size, *lengths),
+         spec.nheads, spec.group_size, *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.seqlen_k % config.block_n != 0, precision, use_tma),
         config,

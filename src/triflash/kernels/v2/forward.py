@@ -9,34 +9,38 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each block of queries, mostly from L2.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from triflash import tuning
+from triflash import mods, tuning
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
+    kinds,
     strides_of,
     tile_descriptor,
     tma_can_read,
 )
-from triflash.kernels.common.mask import key_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, visible
+from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.tiles import load_tile, store_tile
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k"])
-def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
-                   stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os,
-                   stride_oh, nheads, group_size, seqlen_q, seqlen_k, HEADDIM: tl.constexpr,
-                   HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
-                   CHECK_KEYS: tl.constexpr, SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
+def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_qb, stride_qs,
+                   stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+                   stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q, seqlen_k,
+                   window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
+                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
                    USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -58,22 +62,43 @@ def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, strid
     elif SCALE_SIGN == 0:
         q = tl.zeros_like(q)
         scale_log2 = 1.0
+    if ScoreMods is not None:  # which get scores in natural units
+        scale_log2 = LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    for start_n in tl.range(0, end, BLOCK_N):
+    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    begin = 0
+    if window_left is not None:
+        begin, full_from = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+    MASKED: tl.constexpr = (
+        CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
+    )
+    for start_n in tl.range(begin, end, BLOCK_N):
         k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if CAUSAL or CHECK_KEYS:
-            if start_n >= full:  # only tiles on the edge of the mask pay for it
+        if ScoreMods is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            s = modify(s * softmax_scale, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+        if MASKED:
+            edge = start_n >= full
+            if window_left is not None:
+                edge = edge | (start_n < full_from)
+            if edge:  # only tiles on the edge of the mask pay for it
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL)
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                               window_right)  # fmt: skip
                 s = tl.where(seen, s, float("-inf"))
-        m_i, p, alpha = softmax_step(s, m_i, scale_log2, CAUSAL or CHECK_KEYS)
+        if MaskMod is not None:
+            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+            s = tl.where(seen, s, float("-inf"))
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, MASKED or MaskMod is not None)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
@@ -89,7 +114,11 @@ def forward_kernel(Q, K, V, Out, Lse, softmax_scale, stride_qb, stride_qs, strid
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    extras: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`."""
     out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
@@ -99,14 +128,15 @@ def forward(
     use_tma = tuning.tma_pays(spec, target_of(q.device)) and tma_can_read(q, k, v)
     launch = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), aligned(q, k, v),
-        use_tma,
+        use_tma, kinds(*extras),
     )  # fmt: skip
     if use_tma:
         block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
         q = tile_descriptor(q, launch.config.block_m, block_d)
         k = tile_descriptor(k, launch.config.block_n, block_d)
         v = tile_descriptor(v, launch.config.block_n, block_dv)
-    launch(q, k, v, out, lse)
+    with mods.explained(spec.features) if spec.features.mods else nullcontext():
+        launch(q, k, v, out, lse, *mods.for_forward(spec.features, extras))
     return out, lse, []
 
 
@@ -120,6 +150,7 @@ def _prepare(
     stride_v: tuple[int, ...],
     aligned_qkv: tuple[bool, ...],
     use_tma: bool,
+    kinds_of_extras: tuple[object, ...],
 ) -> Launch:
     config = tuning.v2_forward(spec, target, use_tma)
     stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
@@ -128,7 +159,8 @@ def _prepare(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
         (spec.softmax_scale, *stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_o,
-         spec.nheads, spec.group_size, spec.seqlen_q, spec.seqlen_k),
+         spec.nheads, spec.group_size, spec.seqlen_q, spec.seqlen_k, spec.features.window_left,
+         spec.features.window_right),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
          spec.seqlen_k % config.block_n != 0, sign, tuning.dot_precision(spec, target), use_tma),
