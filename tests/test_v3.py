@@ -31,6 +31,13 @@ OPTIONS = (False, False, False, "auto")  # causal, deterministic, allow_tf32, im
 
 CALLS = {
     "bf16-64": {"headdim": 64},
+    "bf16-64-long": {"headdim": 64, "seqlen": 4096},
+    "bf16-64-causal-long": {"headdim": 64, "seqlen": 4096, "causal": True},
+    "bf16-96": {"headdim": 96},
+    "bf16-96-causal-tail": {"headdim": 96, "causal": True, "seqlen_k": 1000},
+    "bf16-256-causal-long": {"headdim": 256, "causal": True, "seqlen": 4096},
+    "bf16-192-causal": {"headdim": 192, "causal": True},
+    "bf16-64/192": {"headdim": 64, "headdim_v": 192},
     "fp16-64-causal-gqa-tail": {
         "dtype": FP16,
         "headdim": 64,
@@ -174,7 +181,8 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
     """How many wgmma instructions a kernel for these tiles of q, k and v has."""
     if not backward:
         # q k^T once before the loop and once in it, p v once in it and once behind it.
-        return config.consumers * 2 * (q[3] // 16 + k[2] // 16)
+        products = sum(config.widths) // 16 + len(config.widths_v) * k[2] // 16
+        return config.consumers * 2 * products
     if config.wide:
         # q k^T and dout v^T; dv and dk in halves of 128 columns; dq in parts of 64.
         return q[3] // 16 + v[3] // 16 + 4 * (q[3] + v[3]) // 128 + 4 * q[3] // 64
@@ -350,8 +358,8 @@ def test_which_reports_of_racecheck_are_explained():
         return "========= Error: Race reported between " + "\n=========     and ".join(accesses)
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
-    index = line("tile_smem.index(w).store(")
-    load, other = line("index = gl.max(tile_smem"), line("o_smem.index(W)")
+    index = line("tile_smem.index(3 * slot).store(")
+    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
     explained += "\n" + report(f"forward.py:{index}", f"forward.py:{load}")

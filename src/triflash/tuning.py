@@ -31,21 +31,31 @@ class HopperConfig:
 
     Attributes:
         block_n: keys a step.
-        stages: blocks of k, and of v, in shared memory.
+        stages, stages_k: blocks of v, and of k, in shared memory.
+        stages_q: tiles of q a warpgroup in shared memory.
         consumers: warpgroups of 64 queries each.
         dynamic: programs draw their tiles from a counter.
         section: heads that are worked on together.
-        pin: keep the wait for p v behind the softmax.
+        widths, widths_v: the parts that columns of q and k, and of v and out, are loaded in.
+        hold: p v overlaps all of the softmax, not only its maximum.
+        turns: warpgroups issue their products one after the other.
+        q_in_registers: q comes from registers, its first part at least.
         alias: out leaves through the shared memory of q, where that is scarce.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
     block_n: int
     stages: int
+    stages_k: int
+    stages_q: int
     consumers: int
     dynamic: bool
     section: int
-    pin: bool
+    widths: tuple[int, ...]
+    widths_v: tuple[int, ...]
+    hold: bool
+    turns: bool
+    q_in_registers: bool
     alias: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -212,8 +222,8 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
 def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     """Whether "auto" takes v3 where it can run: where it was measured, and is not slower than v2.
 
-    From 1024 on its forward is 1.03 to 1.4 times as fast as v2's, and its backward 1.16 to 1.4
-    times. The exception is d64 causal at 1024, whose forward is 4% slower, its backward 16% faster.
+    From 1024 on its forward is 1.14 to 1.5 times as fast as v2's, and its backward 1.16 to 1.4
+    times.
     A backward costs the host 61 us against 38, which little work cannot hide.
     """
     return min(spec.seqlen_q, spec.seqlen_k) >= 1024 and _flops(spec) > 4e10
@@ -222,32 +232,68 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     """v3's forward, on sm_90 alone.
 
-    Measured at 1024, 4096 and 16384. Drawing tiles from a counter: causal 547 and 616 against 477
-    and 531 at d128, but full 449 and 475 against 480 and 519 at d64. `pin`: full 480 and 519
-    against 459 and 497 at d64, causal 577 and 643 against 565 and 628 at d256, no difference in
-    other causal cells; without it full 612 and 634 against 595 and 612 at d128, 669 and 700 against
-    632 and 651 at d256.
+    Measured at 1024 and longer. Drawing tiles from a counter: causal 547 and 616 against 477 and
+    531 at d128, but full 449 and 475 against 480 and 519 at d64.
     """
-    d = _widest(spec)
     section = 1
     if spec.causal:
         # Heads whose longest tiles come together: as many as leave k and v in L2, 50 MB of it.
         # Measured: 256, 409 and 482 against 241, 376 and 467 with all heads at once at d64.
         bytes_kv = 2 * spec.seqlen_k * (spec.headdim + spec.headdim_v)
         section = max(1, _SECTION_BYTES // bytes_kv) * spec.group_size
-    pin = spec.causal or d <= 64
-    if d <= 64:
-        # Measured: three warpgroups 409 and 482 causal against 387 and 429, full 480 and 519
-        # against 428 and 431; but at 1024 two give 280 against 256 causal, the same full.
-        consumers = 2 if spec.causal and spec.seqlen_q < 2048 else 3
-        return HopperConfig(128, 2, consumers, spec.causal, section, pin)
-    if d <= 128:
+    widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
+    total, total_v = sum(widths), sum(widths_v)
+    stages_q, alias = 1, False
+    if max(total, total_v) <= 64:
+        # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
+        # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
+        # 499 and 437, at 16384 516 and 501 against 533 and 513. A second q is 416 against 408.
+        stages_q = 2
+        four = spec.seqlen_q < (8192 if spec.causal else 4096)
+        consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
+    elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
-        return HopperConfig(128, 2, 2, spec.causal, section, pin)
-    # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
-    # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
-    alias = block_d(spec.headdim) == block_d(spec.headdim_v)
-    return HopperConfig(64, 2, 2, spec.causal, section, pin, alias)
+        consumers, block_n, most = 2, 128, 3
+    else:
+        # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
+        # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
+        alias = widths == widths_v == (256,)
+        consumers, block_n, most = 2, 64, 2 if alias else 3
+    # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
+    free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
+    stages = min(most, free // (2 * block_n * (total + total_v)))
+    more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
+    return HopperConfig(
+        block_n,
+        stages,
+        stages + more,
+        stages_q,
+        consumers,
+        dynamic=spec.causal,
+        section=section,
+        widths=widths,
+        widths_v=widths_v,
+        # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
+        # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
+        hold=consumers == 2,
+        # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
+        turns=spec.causal and alias and spec.seqlen_q >= 4096,
+        # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
+        # with d256 causal at 16384: no difference; full 716 against 683.
+        q_in_registers=consumers == 2,
+        alias=alias,
+    )
+
+
+def v3_widths(headdim: int) -> tuple[int, ...]:
+    """The powers of two in which v3 loads a head dimension: 96 as 64 + 32, 192 as 128 + 64.
+
+    A second part of less than 32 would cost about what it saves.
+    """
+    full = block_d(headdim)
+    half = full // 2
+    rest = max(32, block_d(headdim - half))
+    return (half, rest) if full > 64 and rest < half else (full,)
 
 
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
@@ -286,6 +332,7 @@ def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:
 
 
 _SECTION_BYTES = 32 * 2**20
+_HOPPER_SHARED = 226 * 1024  # of the 227 KiB a program may have; barriers take the rest
 
 
 def v1_forward(spec: AttentionSpec, target: Target) -> TileConfig:

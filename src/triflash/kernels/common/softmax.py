@@ -8,15 +8,18 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr):
+def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr = 0.0):
     """One block of scores against the running maximum.
 
     s: [BLOCK_M, BLOCK_N] unscaled scores; -inf where hidden, which needs MASKED. scale_log2 > 0.
     Returns the new maximum (base-2 units), p = 2^(s * scale_log2 - maximum), and the factor for
-    sums over earlier blocks.
+    sums over earlier blocks. With SLACK the maximum stays what it was until it is too small by more
+    than that, so p goes up to 2^SLACK and the factor is seldom other than 1 (FlashAttention-4).
     """
     # Scaling after the maximum makes scale and subtraction one fused multiply-add an element.
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    if SLACK > 0.0:
+        m_new = tl.where(m_new - m_i <= SLACK, m_i, m_new)  # -inf - (-inf) is NaN: m_new, -inf
     # A row that has seen no key yet: -inf - (-inf) would be NaN.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
     p = tl.exp2(s * scale_log2 - m_safe[:, None])

@@ -1,6 +1,6 @@
 """FlashAttention-3 forward for Hopper (arXiv:2407.08608, Algorithm 2), in Gluon.
 
-What v3 changes against v2: one warp does nothing but load by TMA, two or three warpgroups compute
+What v3 changes against v2: one warp does nothing but load by TMA, two to four warpgroups compute
 64 queries each on k and v that they share through a ring in shared memory; the product q k^T of a
 block runs while the softmax of the block before it and its product with v are under way; programs
 stay on their multiprocessor and take one tile of queries after another.
@@ -17,6 +17,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -26,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.runtime import driver
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch
+from triflash.kernels.common.launch import Launch, strides_of
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.v3.tma import barriers, buffers, load, tile, view
@@ -40,16 +41,24 @@ class Schedule:
 
     block_n: int
     stages: int
+    stages_k: int
+    stages_q: int
     consumers: int
     dynamic: bool
-    pin: bool
+    hold: bool
+    turns: bool
+    q_in_registers: bool
     alias: bool
+    parts: int  # of the columns of q and k
+    parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
+THREADS = gl.constexpr(128)  # of one warpgroup
+SLACK = gl.constexpr(8.0)  # p may be up to 2^8 before the maximum that it is relative to moves
 
 
 @gluon.jit
@@ -84,39 +93,43 @@ def blocks_of(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.co
 def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
+    STAGES_K: gl.constexpr = C.stages_k
+    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
-    q_smem, k_smem, v_smem, _, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, _ = sizes
+    q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
+        shared
+    )
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k = sizes
     index = gl.program_id(0)
-    q_phase = 1
+    t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
     while index < tiles:
         tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
         head_k = head // group_size
         start_m = tile_m * (ROWS * CONSUMERS)
         _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
-        for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(w), q_phase)
-            if C.dynamic:
-                tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
-                gl.thread_barrier()
-            mbarrier.expect(q_full.index(w), Q.block_type.nbytes)
-            load(Q, batch, head, start_m + w * ROWS, q_full.index(w), q_smem.index(w))
         for i in range(blocks + 1):
             if i < blocks:
-                mbarrier.wait(k_empty.index(n % STAGES), n // STAGES & 1 ^ 1)
-                mbarrier.expect(k_full.index(n % STAGES), K.block_type.nbytes)
-                load(K, batch, head_k, (blocks - 1 - i) * BLOCK_N, k_full.index(n % STAGES),
-                     k_smem.index(n % STAGES))  # fmt: skip
+                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+                fill(K, batch, head_k, (blocks - 1 - i) * BLOCK_N, k_full.index(n % STAGES_K),
+                     k_smem, n % STAGES_K, C.parts)  # fmt: skip
+            if i == 0:  # q behind k, whose memory is free earlier
+                for w in gl.static_range(CONSUMERS):
+                    slot = t % STAGES_Q * CONSUMERS + w
+                    mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+                    publish(tile_smem, slot, start_m, batch, head)
+                    gl.thread_barrier()
+                    fill(Q, batch, head, start_m + w * ROWS, q_full.index(slot), q_smem, slot,
+                         C.parts)  # fmt: skip
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                mbarrier.expect(v_full.index(p % STAGES), V.block_type.nbytes)
-                load(V, batch, head_k, (blocks - i) * BLOCK_N, v_full.index(p % STAGES),
-                     v_smem.index(p % STAGES))  # fmt: skip
+                fill(V, batch, head_k, (blocks - i) * BLOCK_N, v_full.index(p % STAGES),
+                     v_smem, p % STAGES, C.parts_v)  # fmt: skip
             n += 1
         n -= 1
+        t += 1
         if C.dynamic:
             drawn = gl.atomic_add(Counter, 1)
             if drawn == tiles - 1:  # the last draw of this launch: ready for the next one
@@ -124,12 +137,33 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
             index = gl.num_programs(0) + drawn
         else:
             index += gl.num_programs(0)
-        q_phase ^= 1
-    if C.dynamic:
-        for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(w), q_phase)
-            tile_smem.index(w).store(gl.full([1], index, gl.int32, _one(1)))
-            mbarrier.arrive(q_full.index(w), count=1)
+    for w in gl.static_range(CONSUMERS):
+        slot = t % STAGES_Q * CONSUMERS + w
+        mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+        publish(tile_smem, slot, -1, 0, 0)
+        mbarrier.arrive(q_full.index(slot), count=1)
+
+
+@gluon.jit
+def fill(descs, batch, head, row, bar, rings, slot, PARTS: gl.constexpr):
+    """Load a tile, in parts of columns, and have bar wait for all of it."""
+    if PARTS == 1:
+        mbarrier.expect(bar, descs[0].block_type.nbytes)
+    else:
+        mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, rings[1].index(slot)
+        )
+    load(descs[0], batch, head, row, bar, rings[0].index(slot))
+
+
+@gluon.jit
+def publish(tile_smem, slot, start_m, batch, head):
+    """Tell a warpgroup its tile, so that it is spared the divisions; start_m < 0: there is none."""
+    ONE: gl.constexpr = _one(1)
+    tile_smem.index(3 * slot).store(gl.full([1], start_m, gl.int32, ONE))
+    tile_smem.index(3 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
+    tile_smem.index(3 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
 
 
 @gluon.constexpr_function
@@ -139,100 +173,221 @@ def _one(num_warps):
 
 
 @gluon.jit
+def read(tile_smem, i):
+    """Entry i of what was published."""
+    return gl.max(tile_smem.index(i).load(_one(4)), 0)
+
+
+@gluon.jit
 def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
+    STAGES_K: gl.constexpr = C.stages_k
+    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
+    Q_IN_REGISTERS: gl.constexpr = C.q_in_registers
+    PARTS: gl.constexpr = C.parts
+    PARTS_V: gl.constexpr = C.parts_v
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    tiles, tiles_m, nheads, heads, _, section, seqlen_q, seqlen_k, programs = sizes
-    BLOCK_DV: gl.constexpr = v_smem.shape[4]
+    _tiles, _tiles_m, nheads, _heads, _group_size, _section, seqlen_q, seqlen_k = sizes
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    LAYOUT_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[4] == 256
+    LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
     bars = (k_full, k_empty, v_full, v_empty)
 
-    index = gl.program_id(0)
-    q_phase = 0
+    t = 0
     n = 0
-    while index < tiles:
-        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
-        start_m = tile_m * (ROWS * CONSUMERS)
+    if C.turns and W == 0:  # the first turn is warpgroup 0's
+        pass_turn(CONSUMERS - 1, CONSUMERS)
+    mbarrier.wait(q_full.index(W), 0)
+    start_m = read(tile_smem, 3 * W)
+    while start_m >= 0:
+        q_slot = t % STAGES_Q * CONSUMERS + W
+        batch = read(tile_smem, 3 * q_slot + 1)
+        head = read(tile_smem, 3 * q_slot + 2)
         _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
         start_m += W * ROWS
         unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, C.causal)
+        if start_m >= seqlen_q:  # queries that do not exist
+            mine = 1
         for _ in range(blocks - mine):  # later than all of this warpgroup's queries
-            mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
-            mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+            mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
+            release(k_empty.index(n % STAGES_K))
             mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-            mbarrier.arrive(v_empty.index(n % STAGES), count=1)
+            release(v_empty.index(n % STAGES))
+            if C.turns:
+                await_turn(W)
+                pass_turn(W, CONSUMERS)
             n += 1
 
-        q = q_smem.index(W).reshape([ROWS, q_smem.shape[4]])
+        if PARTS == 2:
+            q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
+        elif HALVES:
+            q = halves(tile(q_smem[0], q_slot))
+        else:
+            q = (tile(q_smem[0], q_slot),)
+        if Q_IN_REGISTERS:
+            if len(q) == 2:
+                q = (q[0].load(LAYOUT_Q), q[1])
+            else:
+                q = (q[0].load(LAYOUT_Q),)
+        if Q_IN_REGISTERS and len(q) == 1:
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
-        mbarrier.wait(q_full.index(W), q_phase)
-        mbarrier.wait(k_full.index(n % STAGES), n // STAGES & 1)
-        s = warpgroup_mma(q, transposed(k_smem, n % STAGES),
-                          gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S),
-                          use_acc=False, is_async=True)  # fmt: skip
+        mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
+        if C.turns:
+            await_turn(W)
+        s = scores(q, k_smem, n % STAGES_K, LAYOUT_S)
+        if C.turns:
+            pass_turn(W, CONSUMERS)
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(n % STAGES), count=1)
-        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, LAYOUT_O)
+        release(k_empty.index(n % STAGES_K))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
         if C.causal or C.check_keys:
             s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
         m_i, p, _alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
         l_i = sum_of_lanes(p)
-        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
+        p = p.to(v_smem[0].dtype)
+        if PARTS_V == 1:
+            acc = (zeros(v_smem[0]),)
+        else:
+            acc = (zeros(v_smem[0]), zeros(v_smem[1]))
 
         for i in range(1, mine):
             block = mine - 1 - i
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx,
                                     block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k,
-                                    LAYOUT_S, LAYOUT_O, C)  # fmt: skip
+                                    LAYOUT_S, W, C)  # fmt: skip
             n += 1
-        if not C.alias:
-            mbarrier.arrive(q_empty.index(W), count=1)
+        if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-        acc = warpgroup_mma(p, tile(v_smem, n % STAGES), acc, is_async=True)
+        acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
         lse, normaliser = finish(m_i, l_i)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(n % STAGES), count=1)
+        acc = finished(acc, PARTS_V)
+        release(v_empty.index(n % STAGES))
         n += 1
 
-        normaliser = gl.convert_layout(normaliser, gl.SliceLayout(1, LAYOUT_O))
-        out = (acc * normaliser[:, None]).to(q.dtype)
         if not C.alias:
             tma.store_wait(0)  # the tile before this one
-        o_smem.index(W).reshape([ROWS, BLOCK_DV]).store(out)
+        for part in gl.static_range(PARTS_V):
+            factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
+            out = (acc[part] * factor[:, None]).to(v_smem[0].dtype)
+            tile(o_smem[part], W).store(out)
         fence_async_shared()
-        tma.async_copy_shared_to_global(Out, [batch, head, start_m, 0], o_smem.index(W))
+        for part in gl.static_range(PARTS_V):
+            tma.async_copy_shared_to_global(
+                Out[part], [batch, head, start_m, part * v_smem[0].shape[4]], o_smem[part].index(W)
+            )
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
         gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
 
         if C.alias:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(W), count=1)
-        q_phase ^= 1
-        if C.dynamic:
-            mbarrier.wait(q_full.index(W), q_phase)
-            index = gl.max(tile_smem.index(W).load(_one(4)), 0)
-        else:
-            index += programs
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
+        t += 1
+        q_slot = t % STAGES_Q * CONSUMERS + W
+        mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
+        start_m = read(tile_smem, 3 * q_slot)
     tma.store_wait(0)
 
 
 @gluon.jit
-def transposed(ring, slot):
-    """Slot of a ring as [headdim, rows]."""
-    return tile(ring, slot).permute((1, 0))
+def release(bar):
+    """This warpgroup has read a slot: each of its threads arrives.
+
+    mbarrier.arrive would be one arrival, behind a barrier that holds all four warps up.
+    """
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+
+
+@gluon.jit
+def await_turn(W: gl.constexpr):
+    """Until the warpgroup before this one has begun its products. All have as many turns a tile."""
+    gl.inline_asm_elementwise(_TURN("sync", W), "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(W: gl.constexpr, CONSUMERS: gl.constexpr):
+    """To the next warpgroup, whose softmax will run beside this one's products."""
+    NEXT: gl.constexpr = (W + 1) % CONSUMERS
+    gl.inline_asm_elementwise(_TURN("arrive", NEXT), "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _TURN(kind, w):
+    # One of the hardware's barriers for each warpgroup; Triton uses them from 0 upwards.
+    return f"barrier.{kind} {12 + w}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def halves(x):
+    """The left and the right columns of a tile."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    return x.slice(0, HALF, 1), x.slice(HALF, HALF, 1)
+
+
+@gluon.jit
+def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
+    """q k^T, begun."""
+    BLOCK_N: gl.constexpr = k_smem[0].shape[3]
+    if len(k_smem) == 2:
+        k = (tile(k_smem[0], slot), tile(k_smem[1], slot))
+    elif len(q) == 2:
+        k = halves(tile(k_smem[0], slot))
+    else:
+        k = (tile(k_smem[0], slot),)
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S)
+    s = warpgroup_mma(q[0], k[0].permute((1, 0)), s, use_acc=False, is_async=True)
+    if len(q) == 2:
+        s = warpgroup_mma(q[1], k[1].permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def zeros(v_smem):
+    """An accumulator of out."""
+    WIDTH: gl.constexpr = v_smem.shape[4]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    return gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def add_product(acc, p, v_smem, slot, PARTS_V: gl.constexpr):
+    """acc + p v, begun."""
+    first = warpgroup_mma(operand(p, acc[0]), tile(v_smem[0], slot), acc[0], is_async=True)
+    if PARTS_V == 1:
+        result = (first,)
+    else:
+        second = warpgroup_mma(operand(p, acc[1]), tile(v_smem[1], slot), acc[1], is_async=True)
+        result = (first, second)
+    return result
+
+
+@gluon.jit
+def operand(p, acc):
+    """p as the left operand of a product, which it is already in every thread."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def finished(acc, PARTS_V: gl.constexpr):
+    """acc, waited for."""
+    if PARTS_V == 1:
+        result = (warpgroup_mma_wait(0, deps=acc),)
+    else:
+        result = warpgroup_mma_wait(0, deps=acc)
+    return result
 
 
 @gluon.jit
@@ -264,90 +419,180 @@ def sum_of_lanes(p):
 
 @gluon.jit
 def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
-         seqlen_k, LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, C: gl.constexpr):  # fmt: skip
+         seqlen_k, LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
-    BLOCK_N: gl.constexpr = C.block_n
+    STAGES_K: gl.constexpr = C.stages_k
     k_full, k_empty, v_full, v_empty = bars
     slot = n % STAGES
-    phase = n // STAGES & 1
-    next_slot = (n + 1) % STAGES
-    mbarrier.wait(k_full.index(next_slot), (n + 1) // STAGES & 1)
-    s = warpgroup_mma(q, transposed(k_smem, next_slot),
-                      gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S),
-                      use_acc=False, is_async=True)  # fmt: skip
-    mbarrier.wait(v_full.index(slot), phase)
-    acc = warpgroup_mma(p, tile(v_smem, slot), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(next_slot), count=1)
+    next_slot = (n + 1) % STAGES_K
+    mbarrier.wait(k_full.index(next_slot), (n + 1) // STAGES_K & 1)
+    if C.turns:
+        await_turn(W)
+    s = scores(q, k_smem, next_slot, LAYOUT_S)
+    mbarrier.wait(v_full.index(slot), n // STAGES & 1)
+    acc = add_product(acc, p, v_smem, slot, C.parts_v)
+    if C.turns:
+        pass_turn(W, C.consumers)
+    s = warpgroup_mma_wait(C.parts_v, deps=(s,))
+    release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
     if C.causal:
         if masked:  # only blocks on the edge of the mask pay for it
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal)
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_O, 2))
-    if C.pin:
-        # ptxas would move the next line above the softmax, which then would not overlap p v. It
-        # keeps it in its own basic block, so this wait, which is over already, holds it in place.
-        mbarrier.wait(v_full.index(slot), phase)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(slot), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT_O))[:, None]
+    # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
+    # moves no wait over a branch, which both of these are.
+    if C.hold:
+        l_i = held(l_i)
+    else:  # over already; what ptxas keeps above it is the maximum alone
+        mbarrier.wait(v_full.index(slot), n // STAGES & 1)
+    acc = finished(acc, C.parts_v)
+    release(v_empty.index(slot))
+    p = p.to(v_smem[0].dtype)
+    if C.parts_v == 1:
+        acc = (rescaled(acc[0], alpha),)
+    else:
+        acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
     return acc, m_i, l_i, p
+
+
+@gluon.jit
+def held(l_i):
+    """l_i, behind a branch that nothing passes before l_i is there. It is never taken: sums of
+    exponentials are not negative."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        HOLD: setp.lt.f32 p, $0, 0f00000000;
+        setp.lt.or.f32 p, $1, 0f00000000, p;
+        @!p bra DONE;
+        nanosleep.u32 20;
+        bra HOLD;
+        DONE:
+        }""",
+        "=f,=f,0,1",
+        [l_i],
+        gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def rescaled(acc, alpha):
+    """acc * alpha. A warp whose rows all have alpha = 1 skips the products, which SLACK makes the
+    rule: 2% at d64 and d128, 5% at d256 (measured)."""
+    N: gl.constexpr = min(acc.shape[1] // 2, 64)  # elements of a thread that go together
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
+    alpha, acc = gl.broadcast(alpha[:, None], acc)
+    return gl.inline_asm_elementwise(
+        _MULTIPLY(N), _MULTIPLY_OPERANDS(N), [acc, alpha], gl.float32, is_pure=True, pack=N
+    )
+
+
+@gluon.constexpr_function
+def _MULTIPLY(n):
+    # A thread has two rows: elements 0, 1, 4, 5 ... and 2, 3, 6, 7 ... of acc.
+    lines = [
+        "{ .reg .pred p;",
+        f"setp.eq.f32 p, ${2 * n}, 0f3F800000;",
+        f"setp.eq.and.f32 p, ${2 * n + 2}, 0f3F800000, p;",
+        "vote.sync.all.pred p, p, 0xffffffff;",
+        "@p bra DONE;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)),
+        "DONE: }",
+    ]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _MULTIPLY_OPERANDS(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
                               "seqlen_q", "seqlen_k"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Lse, Counter, softmax_scale, tiles, tiles_m, nheads, heads,
-                   group_size, section, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
-    """One program a multiprocessor; program i begins with tile i."""
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, tiles, tiles_m,
+                   nheads, heads, group_size, section, seqlen_q, seqlen_k,
+                   C: gl.constexpr):  # fmt: skip
+    """One program a multiprocessor; program i begins with tile i.
+
+    Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
+    """
     STAGES: gl.constexpr = C.stages
+    STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
-    q_smem = buffers(Q, CONSUMERS)
-    k_smem = buffers(K, STAGES)
-    v_smem = buffers(V, STAGES)
+    SLOTS_Q: gl.constexpr = C.consumers * C.stages_q
+    if C.parts == 1:
+        Q_K = ((Q,), (K,))
+        q_smem = (buffers(Q, SLOTS_Q),)
+        k_smem = (buffers(K, STAGES_K),)
+    else:
+        Q_K = ((Q, Q1), (K, K1))
+        q_smem = (buffers(Q, SLOTS_Q), buffers(Q1, SLOTS_Q))
+        k_smem = (buffers(K, STAGES_K), buffers(K1, STAGES_K))
+    if C.parts_v == 1:
+        V_Out = ((V,), (Out,))
+        v_smem = (buffers(V, STAGES),)
+    else:
+        V_Out = ((V, V1), (Out, Out1))
+        v_smem = (buffers(V, STAGES), buffers(V1, STAGES))
     if C.alias:  # out leaves through q's buffer
         o_smem = q_smem
+    elif C.parts_v == 1:
+        o_smem = (buffers(Out, CONSUMERS),)
     else:
-        o_smem = buffers(Out, CONSUMERS)
+        o_smem = (buffers(Out, CONSUMERS), buffers(Out1, CONSUMERS))
     tile_smem = gl.allocate_shared_memory(
-        gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [3 * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    q_full = barriers(CONSUMERS, 1)
-    q_empty = barriers(CONSUMERS, 1)
-    k_full = barriers(STAGES, 1)
-    k_empty = barriers(STAGES, CONSUMERS)
+    q_full = barriers(SLOTS_Q, 1)
+    q_empty = barriers(SLOTS_Q, 1)
+    k_full = barriers(STAGES_K, 1)
+    k_empty = barriers(STAGES_K, THREADS * CONSUMERS)
     v_full = barriers(STAGES, 1)
-    v_empty = barriers(STAGES, CONSUMERS)
+    v_empty = barriers(STAGES, THREADS * CONSUMERS)
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full,
               v_empty)  # fmt: skip
-    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k,
-             gl.num_programs(0))  # fmt: skip
+    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k)
     # A tuple with constexprs must be written where it is used, or they become tensors.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, C)),
-                (producer, (shared, Q, K, V, Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
             ],
             [4, 1],
             [240, 24],
         )
-    else:
+    elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, Out, Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, Out, Lse, softmax_scale, sizes, 1, C)),
-                (consumer, (shared, Out, Lse, softmax_scale, sizes, 2, C)),
-                (producer, (shared, Q, K, V, Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
             ],
             [4, 4, 1],
             [160, 160, 32],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 3, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 32],
         )
 
 
@@ -365,7 +610,8 @@ def forward(
     if spec.seqlen_k == 0:
         return out.zero_(), lse.fill_(float("-inf")), []
     launch = _prepare(spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride())
-    launch(q, k, v, out, lse, _counter(q.device) if launch.constexprs[0].dynamic else lse)
+    counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
+    launch(q, k, v, out, q, k, v, out, lse, counter)
     return out, lse, []
 
 
@@ -382,37 +628,44 @@ def _prepare(
     tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
     heads = spec.batch * spec.nheads
     tiles = tiles_m * heads
-    shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
-    shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
-    shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
-    shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
-    stride_o = (
-        spec.seqlen_q * spec.nheads * spec.headdim_v,
-        spec.nheads * spec.headdim_v,
-        spec.headdim_v,
+    of_queries = (spec.batch, spec.seqlen_q, spec.nheads)
+    of_keys = (spec.batch, spec.seqlen_k, spec.nheads_k)
+    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
+    tensors = (
+        ((*of_queries, spec.headdim), stride_q, ROWS.value, config.widths),
+        ((*of_keys, spec.headdim), stride_k, config.block_n, config.widths),
+        ((*of_keys, spec.headdim_v), stride_v, config.block_n, config.widths_v),
+        ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
-    rows = ROWS.value
-    width, width_v = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
-    views = (
-        view(shape_q, stride_q, rows, width, spec.dtype),
-        view(shape_k, stride_k, config.block_n, width, spec.dtype),
-        view(shape_v, stride_v, config.block_n, width_v, spec.dtype),
-        view(shape_o, stride_o, rows, width_v, spec.dtype),
+    schedule = Schedule(
+        block_n=config.block_n,
+        stages=config.stages,
+        stages_k=config.stages_k,
+        stages_q=config.stages_q,
+        consumers=config.consumers,
+        dynamic=config.dynamic,
+        hold=config.hold,
+        turns=config.turns,
+        q_in_registers=config.q_in_registers,
+        alias=config.alias,
+        parts=len(config.widths),
+        parts_v=len(config.widths_v),
+        causal=spec.causal,
+        check_keys=spec.seqlen_k % config.block_n != 0,
+        scale_sign=(spec.softmax_scale > 0) - (spec.softmax_scale < 0),
     )
-    sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     return Launch(
         forward_kernel,
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
          min(config.section, heads), spec.seqlen_q, spec.seqlen_k),
-        (
-            Schedule(
-                config.block_n, config.stages, config.consumers, config.dynamic, config.pin,
-                config.alias, spec.causal, spec.seqlen_k % config.block_n != 0, sign,
-            ),
-        ),
+        (schedule,),
         config,
-        views,
+        tuple(
+            view(shape, stride, rows, widths[part], spec.dtype)
+            for part in (0, -1)  # the second is the first again where there is only one
+            for shape, stride, rows, widths in tensors
+        ),
     )  # fmt: skip
 
 
