@@ -27,7 +27,12 @@ _KERNELS = {
     "triflash.mods",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
-    "triflash": {"triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn"},
+    "triflash": {
+        "triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn",
+        "triflash.padding",
+    },
+    "triflash.padding": set(),
+    "triflash.bert_padding": {"triflash.padding"},
     "triflash.spec": set(),
     "triflash.target": set(),
     "triflash.mods": {"triflash.spec"},
