@@ -29,6 +29,7 @@ _KERNELS = {
 ALLOWED: dict[str, set[str]] = {
     "triflash": {
         "triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn",
+        "triflash.packed",
         "triflash.padding",
     },
     "triflash.padding": set(),
@@ -39,10 +40,15 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.tuning": {"triflash.spec", "triflash.target"},
     "triflash.reference": {"triflash.spec", "triflash.mods"},
     "triflash.registry": {"triflash.spec", "triflash.target"},
-    "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry"},
+    "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry", "triflash.sequences"},
     "triflash.interface": {
         "triflash.ops", "triflash.spec", "triflash.target", "triflash.registry", "triflash.mods",
     },
+    "triflash.packed": {
+        "triflash.interface", "triflash.ops", "triflash.spec", "triflash.target",
+        "triflash.registry", "triflash.mods",
+    },
+    "triflash.sequences": {"triflash.spec"},
     "triflash.nn": {"triflash", "triflash.interface"},
     "triflash.testing": {
         "triflash.interface", "triflash.reference", "triflash.registry", "triflash.spec",
