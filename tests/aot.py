@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triflash import mods, registry
 from triflash.kernels.common.launch import Launch
-from triflash.spec import make_spec
+from triflash.spec import Sequences, make_spec, make_varlen_spec
 from triflash.target import Target
 from triflash.testing import Case
 
@@ -106,10 +106,13 @@ def record_call(
     softmax_scale: float | None = None,
     dlse: bool = False,
     case: dict[str, Any] | None = None,
+    packed: bool = False,
+    seqused: bool = False,
 ) -> list[RecordedLaunch]:
     """The launches of forward and backward for one call on `target`.
 
-    `case` has fields of `Case` for the features of the call.
+    `case` has fields of `Case` for the features of the call. Packed, there are `batch` sequences of
+    at most `seqlen` queries and `seqlen_k` keys.
     """
     headdim_v = headdim if headdim_v is None else headdim_v
     seqlen_k = seqlen if seqlen_k is None else seqlen_k
@@ -120,21 +123,31 @@ def record_call(
     q = empty(batch, seqlen, nheads, headdim)
     k = empty(batch, seqlen_k, nheads_k, headdim)
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
-    spec = make_spec(q, k, v, softmax_scale, causal, False, allow_tf32)
-    extras = ()
+    arguments = {}
     if case is not None:
         of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal, **case)
         arguments = of.extras(torch.device("meta"))
-        spec = of.spec_of(q, k, v, arguments)
-        extras = mods.features_of(**arguments)[1]
+    features, extras = mods.features_of(**arguments)
+    features = replace(features, with_grad=mods.differentiable(features, extras))
+    options = (softmax_scale, causal, False, allow_tf32, True, features, extras)
+    keywords = {}
+    if packed:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        used = torch.empty(batch, dtype=torch.int32, device="meta") if seqused else None
+        sequences = Sequences(cu_seqlens, cu_seqlens, used, used)
+        spec = make_varlen_spec(q, k, v, sequences, seqlen, seqlen_k, *options)
+        keywords = {"sequences": sequences}
+    else:
+        spec = make_spec(q, k, v, *options)
+    given = [extras] if extras else []
     row = registry.get(implementation)
     with recorded(target, row) as launches:
-        out, lse, saved = row.load_forward()(q, k, v, spec, *([extras] if extras else []))
+        out, lse, saved = row.load_forward()(q, k, v, spec, *given, **keywords)
         if row.backward is not None:
             gradient = torch.empty_like(lse) if dlse else None
-            dout = torch.empty_like(out)
-            arguments = (dout, gradient, q, k, v, out, lse, saved, spec)
-            row.load_backward()(*arguments, *([extras] if extras else []))
+            arguments = (torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
+            row.load_backward()(*arguments, *given, **keywords)
     return launches
 
 
@@ -147,10 +160,10 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     values = (*launch.args, *launch.constexprs)
     assert len(values) == len(kernel.params)
 
-    def describe(value: Any, path: tuple[int, ...], specialise: bool) -> Any:
+    def describe(value: Any, path: tuple[int, ...], specialise: bool, align: bool) -> Any:
         """The type of an argument in the signature, as Triton's JIT finds it."""
         if isinstance(value, tuple):
-            return tuple(describe(v, (*path, i), specialise) for i, v in enumerate(value))
+            return tuple(describe(v, (*path, i), specialise, align) for i, v in enumerate(value))
         one = isinstance(value, int) and value == 1 and specialise
         if value is None or isinstance(value, JITFunction) or one:
             constants[path] = value
@@ -159,7 +172,8 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
             shape = ",".join(map(str, value.block_shape))
             return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
         if isinstance(value, torch.Tensor):
-            attrs[path] = [["tt.divisibility", 16]]
+            if align:
+                attrs[path] = [["tt.divisibility", 16]]
             return f"*{_TYPES[value.dtype]}"
         if isinstance(value, float):
             return "fp32"
@@ -172,7 +186,8 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
             signature[param.name] = "constexpr"
             constants[(i,)] = value
         else:
-            signature[param.name] = describe(value, (i,), not param.do_not_specialize)
+            flags = (param.do_not_specialize, param.do_not_specialize_on_alignment)
+            signature[param.name] = describe(value, (i,), *(not flag for flag in flags))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     compiled = triton.compile(source, target=target, options=options)

@@ -27,17 +27,28 @@ _KERNELS = {
     "triflash.mods",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
-    "triflash": {"triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn"},
+    "triflash": {
+        "triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn",
+        "triflash.packed",
+        "triflash.padding",
+    },
+    "triflash.padding": set(),
+    "triflash.bert_padding": {"triflash.padding"},
     "triflash.spec": set(),
     "triflash.target": set(),
     "triflash.mods": {"triflash.spec"},
     "triflash.tuning": {"triflash.spec", "triflash.target"},
     "triflash.reference": {"triflash.spec", "triflash.mods"},
     "triflash.registry": {"triflash.spec", "triflash.target"},
-    "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry"},
+    "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry", "triflash.sequences"},
     "triflash.interface": {
         "triflash.ops", "triflash.spec", "triflash.target", "triflash.registry", "triflash.mods",
     },
+    "triflash.packed": {
+        "triflash.interface", "triflash.ops", "triflash.spec", "triflash.target",
+        "triflash.registry", "triflash.mods",
+    },
+    "triflash.sequences": {"triflash.spec"},
     "triflash.nn": {"triflash", "triflash.interface"},
     "triflash.testing": {
         "triflash.interface", "triflash.reference", "triflash.registry", "triflash.spec",

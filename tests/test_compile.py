@@ -44,6 +44,24 @@ CALLS = {
     "fp32-64-causal": {"dtype": FP32, "headdim": 64, "causal": True},
     "fp32-128-tf32": {"dtype": FP32, "headdim": 128, "allow_tf32": True},
     "fp32-256": {"dtype": FP32, "headdim": 256},
+    "bf16-64-packed": {"dtype": BF16, "headdim": 64, "packed": True, "seqlen": 16384},
+    "bf16-128-causal-packed-used": {
+        "dtype": BF16,
+        "headdim": 128,
+        "causal": True,
+        "packed": True,
+        "seqused": True,
+        "nheads_k": 2,
+        "seqlen": 16384,
+    },
+    "fp16-256-packed-used": {"dtype": FP16, "headdim": 256, "packed": True, "seqused": True},
+    "fp32-64-causal-packed-dlse": {
+        "dtype": FP32,
+        "headdim": 64,
+        "causal": True,
+        "packed": True,
+        "dlse": True,
+    },
 }
 
 
@@ -94,6 +112,8 @@ def compile_for():
 
 
 def _unsupported(implementation: str, target: str, call: dict) -> str | None:
+    if call.get("packed") and "varlen" not in registry.get(implementation).features:
+        return f"{implementation} has no packed sequences"
     keys = ("dtype", "headdim", "headdim_v", "causal", "allow_tf32")
     case = Case(**{key: call[key] for key in keys if key in call})
     return registry.get(implementation).supports(case.spec(), aot.TARGETS[target][1])

@@ -137,6 +137,8 @@ def test_text_of_features_tells_all():
 
 def test_refusals_name_the_feature_and_who_has_it():
     for feature, words in FEATURES.items():
+        if feature == "varlen":
+            continue  # test_varlen.py
         having = {row.name for row in registry.IMPLEMENTATIONS if feature in row.features}
         assert "reference" in having
         some = next(f for f in FEATURED.values() if feature in Case(**f).spec().features.uses)

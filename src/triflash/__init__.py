@@ -12,15 +12,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triflash import mods, nn
     from triflash.interface import attention, flash_attn_func
+    from triflash.packed import (
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
+    from triflash.padding import index_first_axis, pad_input, unpad_input
     from triflash.registry import implementations
 
 __version__ = "0.1.0"
-__all__ = ["attention", "flash_attn_func", "implementations", "mods", "nn"]
+__all__ = [
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "implementations",
+    "index_first_axis",
+    "mods",
+    "nn",
+    "pad_input",
+    "unpad_input",
+]
 
 _MODULES = {
     "attention": "triflash.interface",
     "flash_attn_func": "triflash.interface",
+    "flash_attn_kvpacked_func": "triflash.packed",
+    "flash_attn_qkvpacked_func": "triflash.packed",
+    "flash_attn_varlen_func": "triflash.packed",
+    "flash_attn_varlen_kvpacked_func": "triflash.packed",
+    "flash_attn_varlen_qkvpacked_func": "triflash.packed",
     "implementations": "triflash.registry",
+    "index_first_axis": "triflash.padding",
+    "pad_input": "triflash.padding",
+    "unpad_input": "triflash.padding",
 }
 
 

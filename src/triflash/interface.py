@@ -3,7 +3,9 @@ interface -> ops -> the registry's row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from triflash.spec import PLAIN, Features, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
+_Tensors = tuple[Tensor, ...]
 
 
 def attention(
@@ -106,13 +109,18 @@ def flash_attn_func(
         NotImplementedError: dropout_p has another value than its default; else as in `attention`.
         TypeError, ValueError: as in `attention`.
     """
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"triflash does not support dropout (dropout_p={dropout_p}) yet.")
+    refuse_dropout(dropout_p)
     features, extras = mods.features_of(window_size, softcap, alibi_slopes)
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, False, implementation, features, extras
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
+
+
+def refuse_dropout(dropout_p: float) -> None:
+    """Raise NotImplementedError if dropout_p is not 0."""
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"triflash does not support dropout (dropout_p={dropout_p}) yet.")
 
 
 def _attention(
@@ -141,27 +149,24 @@ def _attention(
         spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
     if not torch.compiler.is_compiling():
         row = registry.resolve(implementation, spec, target_of(q.device))
-        if needs_grad and row.backward is None:
-            raise NotImplementedError(
-                f"{row.name} has no backward; call it under torch.no_grad() or choose another of "
-                f"{', '.join(registry.implementations())}."
-            )
+        if needs_grad:
+            registry.check_backward(row)
     elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
         v = v.view_as(v) if v is q or v is k else v
         k = k.view_as(k) if k is q else k
-    if eager and not needs_grad and not _transformed():
+    if eager and not needs_grad and not transformed():
         out, lse, _ = ops.run_forward(q, k, v, spec, row, extras)
         return out, lse
     options = (
         spec.softmax_scale, causal, deterministic, allow_tf32, implementation, features.text
     )  # fmt: skip
-    if needs_grad or _transformed():
+    if needs_grad or transformed():
         return _Attention.apply(q, k, v, (spec, row) if eager else None, *options, *extras)
     out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options, extras)
     return out, lse
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Inside torch.func or forward-mode AD, where _Attention raises and an operator would not."""
     return (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
@@ -199,9 +204,7 @@ class _Attention(torch.autograd.Function):
         extras, saved = rest[: ctx.extras], rest[ctx.extras :]
         if dout is None:
             dout = torch.zeros_like(out)
-        gradients = _gradients
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = _NoSecondDerivative.apply
+        gradients = no_second_derivative(_gradients)
         dq, dk, dv, *dextras = gradients(dout, dlse, q, k, v, out, lse, saved, ctx.options, extras)
         wanted = iter(dextras)
         wants = ctx.needs_input_grad[4 + _OPTIONS :]
@@ -229,12 +232,19 @@ def _gradients(
     return dq, dk, dv, *dextras
 
 
+def no_second_derivative(gradients: Callable[..., _Tensors]) -> Callable[..., _Tensors]:
+    """`gradients`, recorded if autograd records (create_graph=True): theirs are an error."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return partial(_NoSecondDerivative.apply, gradients)
+    return gradients
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Makes a gradient of the gradients an error; unrecorded, they would count as constants."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return _gradients(*arguments)
+    def forward(ctx: Any, gradients: Callable[..., _Tensors], *arguments: Any) -> _Tensors:
+        return gradients(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from triflash import registry
-from triflash.spec import AttentionSpec, features_of_text, make_spec
+from triflash.sequences import check_sequences
+from triflash.spec import (
+    NOT_PACKED,
+    AttentionSpec,
+    Sequences,
+    features_of_text,
+    make_spec,
+    make_varlen_spec,
+)
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -29,6 +38,19 @@ _library.define(
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, Tensor[] saved, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+
+# One tensor for qkv, two for q and kv, three for q, k and v; padded without cu_seqlens_q.
+_PACKED = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
+    f"SymInt max_seqlen_q, SymInt max_seqlen_k, {_OPTIONS}"
+)
+_library.define(
+    f"packed_attention_forward(Tensor[] tensors, {_PACKED}) -> (Tensor, Tensor, Tensor[])"
+)
+_library.define(
+    "packed_attention_backward(Tensor dout, Tensor? dlse, Tensor[] tensors, Tensor out, "
+    f"Tensor lse, Tensor[] saved, {_PACKED}) -> (Tensor[], Tensor[])"
 )
 
 
@@ -130,6 +152,104 @@ def _spec(
     )  # fmt: skip
 
 
+def _packed_forward(tensors: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    q, k, v = split(tensors)
+    spec, sequences, extras = _packed_spec(q, k, v, *options)
+    row = registry.resolve(options[_IMPLEMENTATION], spec, target_of(q.device))
+    return run_packed_forward(q, k, v, spec, row, sequences, extras)
+
+
+def run_packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    row: registry.Implementation,
+    sequences: Sequences,
+    extras: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The body of packed_attention_forward, which may be called without it if `is_eager`."""
+    if spec.varlen is not None:
+        check_sequences(spec, sequences)
+    with _on_device_of(q):
+        return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
+
+
+def _where(sequences: Sequences) -> dict[str, Sequences]:
+    """The keyword of a row's functions that says where packed sequences are."""
+    return {} if sequences is NOT_PACKED else {"sequences": sequences}
+
+
+def _packed_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tensors: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    saved: list[Tensor],
+    *options: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    q, k, v = split(tensors)
+    spec, sequences, extras = _packed_spec(q, k, v, *options)
+    row = registry.resolve(options[_IMPLEMENTATION], spec, target_of(q.device))
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    arguments = (dout, dlse, q, k, v, out, lse, saved, spec, *_given(extras))
+    gradients = [t.new_empty(t.shape) for t in tensors]
+    parts = split(gradients)
+    with _on_device_of(q):
+        where = _where(sequences)
+        if row.writes_gradients:
+            _, _, _, *dextras = row.load_backward()(*arguments, **where, grads=parts)
+        else:
+            dq, dk, dv, *dextras = row.load_backward()(*arguments, **where)
+            for part, grad in zip(parts, (dq, dk, dv), strict=True):
+                part.copy_(grad)
+    return gradients, dextras
+
+
+def split(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, of which the last two or all three are one tensor, stacked before its heads."""
+    *apart, last = tensors
+    q, k, v = tensors if len(tensors) == 3 else (*apart, *last.unbind(-3))
+    return q, k, v
+
+
+_IMPLEMENTATION = 10  # in the options of the packed operators
+
+
+def _packed_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    implementation: str,
+    features: str = "",
+    extras: Sequence[Tensor] | None = None,
+) -> tuple[AttentionSpec, Sequences, Sequence[Tensor] | None]:
+    """The spec, where sequences are, and the extras, of the options of a packed operator."""
+    if cu_seqlens_q is None:
+        options = (softmax_scale, causal, deterministic, allow_tf32, features, extras)
+        return _spec(q, k, v, *options), NOT_PACKED, extras
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    spec = make_varlen_spec(
+        q, k, v, sequences, max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic,
+        allow_tf32, aligned_bases(q, k, v), features_of_text(features), extras or (),
+    )  # fmt: skip
+    return spec, sequences, extras
+
+
 def _given(extras: Sequence[Tensor] | None) -> tuple[tuple[Tensor, ...], ...]:
     """The last argument of a row's functions; rows without features need not know of it."""
     return (tuple(extras),) if extras else ()
@@ -145,6 +265,8 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 for _key in ("CPU", "CUDA"):
     _library.impl("attention_forward", _forward, _key)
     _library.impl("attention_backward", _backward, _key)
+    _library.impl("packed_attention_forward", _packed_forward, _key)
+    _library.impl("packed_attention_backward", _packed_backward, _key)
 
 
 @torch.library.register_fake("triflash::attention_forward", lib=_library)
@@ -165,6 +287,25 @@ def _(  # type: ignore[no-untyped-def]
     wanted = features_of_text(features).gradients_of(extras or ())
     dq, dk, dv, *dextras = (t.new_empty(t.shape) for t in (q, k, v, *wanted))
     return dq, dk, dv, dextras
+
+
+@torch.library.register_fake("triflash::packed_attention_forward", lib=_library)
+def _(tensors, *options):  # type: ignore[no-untyped-def]
+    q, _, v = split(tensors)
+    *rows, nheads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(*rows, nheads, v.shape[-1])
+    lse = q.new_empty(*rows[:-1], nheads, rows[-1], dtype=lse_dtype)
+    implementation = options[_IMPLEMENTATION]
+    saves = () if implementation == "auto" else registry.get(implementation).saves
+    return out, lse, [torch.empty_like(lse) for _ in saves]
+
+
+@torch.library.register_fake("triflash::packed_attention_backward", lib=_library)
+def _(dout, dlse, tensors, out, lse, saved, *options):  # type: ignore[no-untyped-def]
+    features, extras = (*options[_IMPLEMENTATION + 1 :], "", None)[:2]
+    wanted = features_of_text(features).gradients_of(extras or ())
+    return [t.new_empty(t.shape) for t in tensors], [t.new_empty(t.shape) for t in wanted]
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -190,5 +331,15 @@ def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor, list[Tens
     return forward
 
 
-_library.impl("attention_forward", _autocast("cpu"), "AutocastCPU")
-_library.impl("attention_forward", _autocast("cuda"), "AutocastCUDA")
+def _packed_autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor, list[Tensor]]]:
+    def forward(tensors: list[Tensor], *options: object):  # type: ignore[no-untyped-def]
+        tensors = list(cast_for_autocast(*tensors))
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.triflash.packed_attention_forward(tensors, *options)
+
+    return forward
+
+
+for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("attention_forward", _autocast(_type), _key)
+    _library.impl("packed_attention_forward", _packed_autocast(_type), _key)

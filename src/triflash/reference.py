@@ -6,13 +6,14 @@ those of FlashAttention (arXiv:2205.14135), section 2.2 and appendix B.2, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from triflash import mods
-from triflash.spec import AttentionSpec, Mod
+from triflash.spec import NOT_PACKED, AttentionSpec, Mod, Sequences
 
 _Tensors = tuple[torch.Tensor, ...]
 
@@ -23,13 +24,20 @@ def forward(
     v: torch.Tensor,
     spec: AttentionSpec,
     extras: _Tensors = (),
+    sequences: Sequences = NOT_PACKED,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse `(batch, nheads, seqlen_q)`, nothing saved.
 
-    Half precision computes in float32. lse is float32 (float64 for float64 inputs), natural log.
+    Packed: out `(total_q, nheads, headdim_v)`, lse `(nheads, total_q)`. Half precision computes in
+    float32. lse is float32 (float64 for float64 inputs), natural log. Modifications are told that
+    the first batch entry is `first`.
     """
+    if spec.varlen is not None:
+        return _packed_forward(q, k, v, spec, extras, sequences)
     q, k, v = _head_major(spec, q, k, v)
-    scores = mask(modify(q @ k.transpose(-1, -2) * spec.softmax_scale, spec, extras), spec, extras)
+    raw = q @ k.transpose(-1, -2) * spec.softmax_scale
+    scores = mask(modify(raw, spec, extras, first), spec, extras, first)
     lse = (
         torch.logsumexp(scores, dim=-1)
         if spec.seqlen_k
@@ -50,18 +58,22 @@ def backward(
     saved: list[torch.Tensor],
     spec: AttentionSpec,
     extras: _Tensors = (),
+    sequences: Sequences = NOT_PACKED,
+    first: int = 0,
 ) -> _Tensors:
     """dq, dk, dv in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
     Behind them the gradients of extras that `spec.features.with_grad` names.
     """
+    if spec.varlen is not None:
+        return _packed_backward(dout, dlse, q, k, v, out, lse, spec, extras, sequences)
     q, k, v, dout = _head_major(spec, q, k, v, dout)
     raw = q @ k.transpose(-1, -2) * spec.softmax_scale
     with torch.enable_grad():
         leaves = (raw.requires_grad_(), *(t.detach() for t in extras))
         wanted = [raw, *(t.requires_grad_() for t in spec.features.gradients_of(leaves[1:]))]
-        modified = modify(raw, spec, leaves[1:])
-    p = _probabilities(mask(modified.detach(), spec, extras), lse)
+        modified = modify(raw, spec, leaves[1:], first)
+    p = _probabilities(mask(modified.detach(), spec, extras, first), lse)
     dv = p.transpose(-1, -2) @ dout
     dp = dout @ v.transpose(-1, -2)
     delta = (p * dp).sum(dim=-1, keepdim=True)
@@ -77,22 +89,93 @@ def backward(
     return *grads, *dextras
 
 
-def modify(scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors) -> torch.Tensor:
+def modify(
+    scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors, first: int = 0
+) -> torch.Tensor:
     """Scaled scores `(batch, nheads, seqlen_q, seqlen_k)` behind the score modifications."""
     for mod in spec.features.score_mods:
         function = _reference_of(mod)
-        scores = function(scores, *_positions(spec, scores.device), _aux(mod, spec, extras))
+        scores = function(scores, *_positions(spec, scores.device, first), _aux(mod, spec, extras))
     return scores
 
 
-def mask(scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors) -> torch.Tensor:
+def mask(
+    scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors, first: int = 0
+) -> torch.Tensor:
     """The scores, -inf where a query does not see a key."""
     seen = visible(spec, scores.device)
     mod = spec.features.mask_mod
     if mod is not None:
         function = _reference_of(mod)
-        seen = seen & function(*_positions(spec, scores.device), _aux(mod, spec, extras))
+        seen = seen & function(*_positions(spec, scores.device, first), _aux(mod, spec, extras))
     return scores.masked_fill(~seen, float("-inf"))
+
+
+def _packed_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    extras: _Tensors,
+    sequences: Sequences,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    out = q.new_zeros(*q.shape[:-1], spec.headdim_v)
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    lse = q.new_full(spec.lse_shape, float("-inf"), dtype=wide)
+    for b, (one, queries, keys) in enumerate(_one_by_one(spec, sequences)):
+        parts = q[None, queries], k[None, keys], v[None, keys]
+        out_b, lse_b, _ = forward(*parts, one, extras, first=b)
+        out[queries], lse[:, queries] = out_b[0], lse_b[0]
+    return out, lse, []
+
+
+def _packed_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    spec: AttentionSpec,
+    extras: _Tensors,
+    sequences: Sequences,
+) -> _Tensors:
+    grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    dextras = tuple(torch.zeros_like(x) for x in spec.features.gradients_of(extras))
+    for b, (one, queries, keys) in enumerate(_one_by_one(spec, sequences)):
+        dlse_b = None if dlse is None else dlse[None, :, queries]
+        q_b, k_b, v_b = q[None, queries], k[None, keys], v[None, keys]
+        dout_b, out_b, lse_b = dout[None, queries], out[None, queries], lse[None, :, queries]
+        dq_b, dk_b, dv_b, *dextras_b = backward(
+            dout_b, dlse_b, q_b, k_b, v_b, out_b, lse_b, [], one, extras, first=b
+        )
+        for grad, grad_b, rows in zip(
+            grads, (dq_b, dk_b, dv_b), (queries, keys, keys), strict=True
+        ):
+            grad[rows] = grad_b[0]
+        for dextra, dextra_b in zip(dextras, dextras_b, strict=True):
+            dextra += dextra_b
+    return *grads, *dextras
+
+
+def _one_by_one(
+    spec: AttentionSpec, sequences: Sequences
+) -> Iterator[tuple[AttentionSpec, slice, slice]]:
+    """For each packed sequence its spec by itself, and the rows of q and of k that take part."""
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = sequences
+    all_queries, all_keys = _rows(cu_seqlens_q, seqused_q), _rows(cu_seqlens_k, seqused_k)
+    for queries, keys in zip(all_queries, all_keys, strict=True):
+        seqlen_q, seqlen_k = queries.stop - queries.start, keys.stop - keys.start
+        one = replace(spec, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, varlen=None)
+        yield one, queries, keys
+
+
+def _rows(cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None) -> list[slice]:
+    assert cu_seqlens is not None  # for the type checker: the call is packed
+    bounds = cu_seqlens.tolist()
+    used = cu_seqlens.diff() if seqused is None else seqused
+    return [slice(start, start + n) for start, n in zip(bounds[:-1], used.tolist(), strict=True)]
 
 
 def visible(spec: AttentionSpec, device: torch.device) -> torch.Tensor:
@@ -121,13 +204,14 @@ def _head_major(spec: AttentionSpec, *tensors: torch.Tensor) -> _Tensors:
     )
 
 
-def _positions(spec: AttentionSpec, device: torch.device) -> _Tensors:
-    """b, h, q_idx and kv_idx, which broadcast to the scores."""
+def _positions(spec: AttentionSpec, device: torch.device, first: int) -> _Tensors:
+    """b, from first on, h, q_idx and kv_idx, which broadcast to the scores."""
     sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
-    return tuple(
+    b, *others = (
         torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)])
         for axis, n in enumerate(sizes)
     )
+    return b + first, *others
 
 
 def _aux(mod: Mod, spec: AttentionSpec, extras: _Tensors) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ class Implementation:
         name: what users pass as `implementation=`.
         summary: one line for `triflash info`.
         forward: "module:function", `(q, k, v, spec) -> (out, lse, saved)`; of calls whose features
-            have tensors, `(q, k, v, spec, extras)`.
+            have tensors, `(q, k, v, spec, extras)`; of packed ones with `sequences=`.
         backward: "module:function", `(dout, dlse, q, k, v, out, lse, saved, spec) ->
             (dq, dk, dv)`, or None; with tensors, `(..., spec, extras) -> (dq, dk, dv, *dextras)`,
             see `Features.gradients_of`.
@@ -43,6 +43,7 @@ class Implementation:
         pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
             run; None for always.
         extra: the optional dependency that brings `packages`, and those by their import names.
+        writes_gradients: `backward` takes `grads=(dq, dk, dv)` and writes there.
     """
 
     name: str
@@ -64,12 +65,13 @@ class Implementation:
     pays: str | None = None
     extra: str | None = None
     packages: tuple[str, ...] = ()
+    writes_gradients: bool = False
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
         """None if this row can run `spec` on `target`, else the reason as a sentence."""
         if spec.dtype not in self.dtypes:
             return f"{self.name} takes {_names(self.dtypes)}, not {_name(spec.dtype)}."
-        for feature in spec.features.uses:
+        for feature in spec.uses:
             if feature not in self.features:
                 having = [row.name for row in IMPLEMENTATIONS if feature in row.features]
                 return (
@@ -155,7 +157,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
-        features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod"}),
+        features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod", "varlen"}),
+        writes_gradients=True,
     ),
     Implementation(
         name="v2_torch",
@@ -225,6 +228,15 @@ def get(name: str) -> Implementation:
     raise ValueError(
         f'implementation must be "auto" or one of {", ".join(implementations())}, got {name!r}'
     )
+
+
+def check_backward(row: Implementation) -> None:
+    """Raises NotImplementedError if gradients are wanted of a row that has none."""
+    if row.backward is None:
+        raise NotImplementedError(
+            f"{row.name} has no backward; call it under torch.no_grad() or choose another of "
+            f"{', '.join(implementations())}."
+        )
 
 
 @lru_cache(maxsize=4096)

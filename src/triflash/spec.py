@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ FEATURES = {
     "alibi": "ALiBi (alibi_slopes)",
     "score_mod": "score modifications (score_mod)",
     "mask_mod": "mask modifications (mask_mod)",
+    "varlen": "packed sequences (cu_seqlens_q)",
 }
 
 
@@ -73,7 +75,7 @@ class Features:
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """Which of FEATURES the call needs."""
+        """Which of FEATURES they are."""
         used = [] if self.window_left is None and self.window_right is None else ["window"]
         used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
         return tuple(used if self.mask_mod is None else (*used, "mask_mod"))
@@ -131,12 +133,44 @@ def _number_or_name(text: str) -> str | int | float:
 
 
 @dataclass(frozen=True)
+class Varlen:
+    """Rows of packed q, and of packed k and v: the sequences one behind the other."""
+
+    total_q: int
+    total_k: int
+
+
+class Sequences(NamedTuple):
+    """The int32 tensors of a packed call; None in others, and where every row takes part.
+
+    cu_seqlens_q and cu_seqlens_k `(batch + 1,)`: sequence b is rows [cu_seqlens[b],
+    cu_seqlens[b + 1]). seqused_q and seqused_k `(batch,)`: how many of them take part.
+    """
+
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """Which are not None, for which kernels are compiled."""
+        return tuple(tensor is not None for tensor in self)
+
+
+NOT_PACKED = Sequences()
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """A validated attention call, without its tensors.
 
     Tensors are `(batch, seqlen, nheads, headdim)`; `headdim` is that of q and k, `headdim_v` that
     of v and out. docs/semantics.md states what each field means. `tma`: q, k and v lie in memory as
     TMA can read them, which is no part of the call's meaning (docs/adr/0010).
+
+    With `varlen`, tensors are packed `(total, nheads, headdim)`: `batch` counts sequences, and
+    `seqlen_q` and `seqlen_k` are the longest that may come.
     """
 
     batch: int
@@ -153,11 +187,29 @@ class AttentionSpec:
     allow_tf32: bool = False
     tma: bool = True
     features: Features = PLAIN
+    varlen: Varlen | None = None
 
     @property
     def group_size(self) -> int:
         """Query heads that share one key/value head (1 without GQA)."""
         return self.nheads // self.nheads_k if self.nheads_k else 1
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Which of FEATURES the call needs."""
+        return (*self.features.uses, "varlen") if self.varlen else self.features.uses
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """`(batch, nheads, seqlen_q)`, packed `(nheads, total_q)`."""
+        if self.varlen is not None:
+            return self.nheads, self.varlen.total_q
+        return self.batch, self.nheads, self.seqlen_q
+
+    @property
+    def totals(self) -> tuple[int | None, int | None]:
+        """Rows of q and k if they are packed."""
+        return (self.varlen.total_q, self.varlen.total_k) if self.varlen else (None, None)
 
 
 def make_spec(
@@ -369,6 +421,131 @@ def _check_extras(
                     "alibi_slopes must have shape (nheads,) or (batch, nheads), here "
                     f"{allowed[0]} or {allowed[1]}, got {tuple(tensor.shape)}"
                 )
+
+
+def make_varlen_spec(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    allow_tf32: bool,
+    aligned_bases: bool = True,
+    features: Features = PLAIN,
+    extras: Sequence[torch.Tensor] = (),
+) -> AttentionSpec:
+    """`make_spec` for packed tensors; what cu_seqlens and seqused hold is not looked at.
+
+    Raises:
+        TypeError, ValueError: as `make_spec`, and for what tells where the sequences are.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v), *sequences._asdict().items()):
+        if not isinstance(tensor, torch.Tensor) and not (
+            tensor is None and name.startswith("seqused")
+        ):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+            raise TypeError(
+                f"{name} must be an int, got {type(longest).__name__}; reading a tensor would wait "
+                "for the GPU"
+            )
+    validate = _validate_varlen
+    if torch.compiler.is_compiling():
+        validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
+    spec = validate(
+        _metadata(q), _metadata(k), _metadata(v),
+        *(None if t is None else _metadata(t) for t in sequences),
+        max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, allow_tf32,
+        aligned_bases, features,
+    )  # fmt: skip
+    if extras or features is not PLAIN:
+        _check_extras(spec, features.names, extras, q.device)
+    return spec
+
+
+_Metadata = tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]]
+
+
+def _metadata(tensor: torch.Tensor) -> _Metadata:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _validate_varlen(
+    q: _Metadata,
+    k: _Metadata,
+    v: _Metadata,
+    cu_seqlens_q: _Metadata,
+    cu_seqlens_k: _Metadata,
+    seqused_q: _Metadata | None,
+    seqused_k: _Metadata | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> AttentionSpec:
+    for name, (shape, *_) in (("q", q), ("k", k), ("v", v)):
+        if len(shape) != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (total, nheads, headdim), got shape {tuple(shape)}"
+            )
+    total_q, total_k = q[0][0], k[0][0]
+    if v[0][0] != total_k:
+        raise ValueError(f"v must have k's {total_k} rows, got {v[0][0]}")
+    for name, indices in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+        ("seqused_q", seqused_q),
+        ("seqused_k", seqused_k),
+    ):
+        if indices is not None:
+            _check_indices(name, *indices, q[2])
+    batch = cu_seqlens_q[0][0] - 1
+    if batch < 0:
+        raise ValueError("cu_seqlens_q must have batch + 1 entries, got none")
+    if cu_seqlens_k[0][0] != batch + 1:
+        raise ValueError(
+            f"cu_seqlens_k must have cu_seqlens_q's {batch + 1} entries (batch + 1), "
+            f"got {cu_seqlens_k[0][0]}"
+        )
+    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None and used[0][0] != batch:
+            raise ValueError(f"{name} must have batch = {batch} entries, got {used[0][0]}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+    # Sequences as entries of a batch, each of which begins where it will.
+    limits = ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
+    spec = _validate.__wrapped__(
+        *((batch, min(longest, shape[0]), *shape[1:]) for (shape, *_), longest in limits),
+        *(dtype for _, dtype, _, _ in (q, k, v)),
+        *(device for _, _, device, _ in (q, k, v)),
+        *((stride[0], *stride) for _, _, _, stride in (q, k, v)),
+        *options,
+    )
+    return replace(spec, varlen=Varlen(total_q, total_k))
+
+
+def _check_indices(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    stride: tuple[int, ...],
+    device_of_q: torch.device,
+) -> None:
+    if dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {dtype}")
+    if device != device_of_q:
+        raise ValueError(f"{name} must be on q's device {device_of_q}, got {device}")
+    if len(shape) != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {tuple(shape)}")
+    if stride[0] != 1 and shape[0] > 1:
+        raise ValueError(f"{name} must be contiguous, got stride {stride[0]}")
 
 
 def _tma_can_read(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -447,8 +447,11 @@ _INTERPRETER = TileConfig(32, 32, 4, 1)
 
 
 def _flops(spec: AttentionSpec) -> float:
-    """Of the forward."""
-    flops = 4 * spec.batch * spec.nheads * spec.seqlen_q * spec.seqlen_k * spec.headdim
+    """Of the forward; of packed sequences as if all had the same length, which is the least."""
+    scores = spec.batch * spec.seqlen_q * spec.seqlen_k
+    if spec.varlen is not None:
+        scores = spec.varlen.total_q * spec.varlen.total_k // max(1, spec.batch)
+    flops = 4 * spec.nheads * scores * spec.headdim
     return flops * (0.5 if spec.causal else 1.0)
 
 

@@ -126,6 +126,11 @@ def strides_of(seqlen: int, nheads: int, headdim: int) -> tuple[int, int, int]:
     return seqlen * nheads * headdim, nheads * headdim, headdim
 
 
+def entry_strides(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of batch entries, rows and heads; in packed tensors an entry may begin at any row."""
+    return stride[:3] if len(stride) == 4 else (stride[0], *stride[:2])
+
+
 def aligned(*tensors: Any) -> tuple[bool, ...]:
     """Which tensors start at a multiple of 16 bytes."""
     return tuple(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
@@ -137,13 +142,13 @@ def kinds(*tensors: Any) -> tuple[tuple[Any, bool], ...]:
 
 
 def tma_can_read(*tensors: Any) -> bool:
-    """Whether TMA takes these `(batch, seqlen, nheads, headdim)` tensors as they lie in memory."""
+    """Whether TMA takes these padded or packed tensors as they lie in memory."""
     return all(
         tensor.numel() > 0
         and tensor.data_ptr() % _ALIGNMENT == 0
         and all(
             size == 1 or (stride > 0 and stride * tensor.element_size() % _ALIGNMENT == 0)
-            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
         )
         for tensor in tensors
     )
@@ -152,8 +157,11 @@ def tma_can_read(*tensors: Any) -> bool:
 def tile_descriptor(tensor: Any, rows: int, block_d: int) -> TensorDescriptor:
     """A descriptor of `(batch, nheads, seqlen, headdim)` that loads [1, 1, rows, block_d].
 
-    Four dimensions, so that what lies past a sequence or a head is zero, not its neighbour.
+    Four dimensions, so that what lies past a sequence or a head is zero, not its neighbour. Packed
+    tensors `(total, nheads, headdim)` get a `ragged_descriptor` for the same end.
     """
+    if tensor.dim() == 3:
+        return ragged_descriptor(tensor, rows, block_d)
     batch, seqlen, nheads, headdim = tensor.shape
     # The stride of a dimension of size 1 may be junk, which TMA would refuse.
     strides = [
@@ -165,4 +173,24 @@ def tile_descriptor(tensor: Any, rows: int, block_d: int) -> TensorDescriptor:
         shape=[batch, nheads, seqlen, headdim],
         strides=[strides[0], strides[2], strides[1], 1],
         block_shape=[1, 1, rows, block_d],
+    )
+
+
+def ragged_descriptor(tensor: Any, rows: int, block_d: int) -> TensorDescriptor:
+    """A descriptor of packed `(total, nheads, headdim)` whose tiles end where their sequence does.
+
+    TMA returns zeros only past the end of a dimension, so the row dimension ends at row 2^30, and
+    the two dimensions in front shift it there: addresses wrap around at 2^64 bytes. Row r of the
+    `seqlen` rows from `start` on is [2^30, start + seqlen, head, 2^30 - seqlen + r], since
+    2^30 * 2^34 elements of 2 or 4 bytes are nothing (triton.tools.ragged_tma has it so).
+    """
+    total, nheads, headdim = tensor.shape
+    row = tensor.stride(0) if total > 1 else _ALIGNMENT
+    head = tensor.stride(1) if nheads > 1 else _ALIGNMENT
+    many = 0x7FFF0000
+    return TensorDescriptor(
+        tensor,
+        shape=[many, many, nheads, 1 << 30, headdim],
+        strides=[2**34 - row, row, head, row, 1],
+        block_shape=[1, 1, 1, rows, block_d],
     )

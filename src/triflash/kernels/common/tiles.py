@@ -21,11 +21,15 @@ def load_tile(X, batch, head, row, stride_b, stride_s, stride_h, seqlen, HEADDIM
               USE_TMA: tl.constexpr = False):  # fmt: skip
     """Rows [row, row + ROWS) of a head as [ROWS, BLOCK_D]; zero past HEADDIM and past seqlen.
 
-    X is a descriptor of (batch, nheads, seqlen, headdim) if USE_TMA, else a pointer. Without
-    CHECK_ROWS the rows must exist.
+    X is a descriptor of (batch, nheads, seqlen, headdim) if USE_TMA, or a ragged one of packed
+    rows, else a pointer. Without CHECK_ROWS the rows must exist.
     """
     if USE_TMA:
-        tile = X.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
+        if len(X.shape) == 5:  # of launch.ragged_descriptor
+            end: tl.constexpr = 1 << 30
+            tile = X.load([end, batch + seqlen, head, end - seqlen + row, 0]).reshape(ROWS, BLOCK_D)
+        else:
+            tile = X.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
         ptrs = tile_pointers(X, batch, head, row, stride_b, stride_s, stride_h, ROWS, BLOCK_D)
         in_head = tl.arange(0, BLOCK_D)[None, :] < HEADDIM

@@ -20,6 +20,7 @@ from triflash import mods, tuning
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
+    entry_strides,
     kinds,
     strides_of,
     tile_descriptor,
@@ -29,42 +30,55 @@ from triflash.kernels.common.mask import key_begin, key_range, query_end, query_
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.tiles import load_tile, store_tile
-from triflash.spec import AttentionSpec
+from triflash.kernels.common.varlen import PACKED, lse_offset, sequence
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
-def delta_kernel(Out, dOut, dLse, Delta, stride_ob, stride_os, stride_oh, stride_gb, stride_gs,
-                 stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q"],
+            do_not_specialize_on_alignment=PACKED)  # fmt: skip
+def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, stride_ob, stride_os, stride_oh,
+                 stride_gb, stride_gs, stride_gh, nheads, seqlen_q, total_q,
+                 HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 HAS_DLSE: tl.constexpr):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, one program a block of queries."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
     batch = pid // tiles_m // nheads
     head = pid // tiles_m % nheads
     start_m = pid % tiles_m * BLOCK_M
-    out = load_tile(Out, batch, head, start_m, stride_ob, stride_os, stride_oh, seqlen_q,
+    entry = batch
+    if CuSeqlensQ is not None:
+        entry, _, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
+        if start_m >= seqlen_q:
+            return
+    out = load_tile(Out, entry, head, start_m, stride_ob, stride_os, stride_oh, seqlen_q,
                     HEADDIM_V, BLOCK_M, BLOCK_DV, True, False)  # fmt: skip
-    dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
+    dout = load_tile(dOut, entry, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
                      HEADDIM_V, BLOCK_M, BLOCK_DV, True, False)  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    row = (batch.to(tl.int64) * nheads + head) * seqlen_q
+    row = lse_offset(batch, head, entry, nheads, seqlen_q, total_q)
     if HAS_DLSE:  # d lse / d scores = p, so dlse joins delta with the opposite sign
         delta -= tl.load(dLse + row + offs_m, mask=offs_m < seqlen_q, other=0.0)
     tl.store(Delta + row + offs_m, delta, mask=offs_m < seqlen_q)
 
 
-@triton.jit(do_not_specialize=["nheads_k", "seqlen_q", "seqlen_k", "window_left", "window_right"])
-def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_scale, stride_qb,
-                stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
-                stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
-                stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k,
-                window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
-                CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
-                USE_TMA: tl.constexpr):  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "nheads_k", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+    ],
+    do_not_specialize_on_alignment=PACKED,
+)  # fmt: skip
+def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK,
+                SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
+                stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs,
+                stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
+                nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+                window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                CAUSAL: tl.constexpr, GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr,
+                PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
     Scores are computed transposed, so that p and ds are left operands of the products they enter.
@@ -76,12 +90,18 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_s
     start_n = pid % tiles_n * BLOCK_N
     batch = pid // tiles_n // nheads_k
     head_k = pid // tiles_n % nheads_k
+    entry_q, entry_k, rows_k = batch, batch, seqlen_k
+    if CuSeqlensQ is not None:
+        entry_q, _, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
+        entry_k, rows_k, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)
+        if start_n >= rows_k:
+            return
     offs_m = tl.arange(0, BLOCK_M)
     scale_log2 = softmax_scale * LOG2_E
 
-    k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k, HEADDIM,
+    k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k, HEADDIM,
                   BLOCK_N, BLOCK_D, True, USE_TMA)  # fmt: skip
-    v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k, HEADDIM_V,
+    v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k, HEADDIM_V,
                   BLOCK_N, BLOCK_DV, True, USE_TMA)  # fmt: skip
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -90,17 +110,20 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_s
     if window_left is not None:
         full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
     span = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M) * BLOCK_M
+    if SeqUsedK is not None:
+        span = tl.where(start_n < seqlen_k, span, 0)
     # One loop over the heads of a group, so that one follows the other without a gap.
     for walked in tl.range(0, group_size * span, BLOCK_M):
         start_m = start + (walked % span if GQA else walked)
         head = head_k * group_size + (walked // span if GQA else 0)
-        row = (batch.to(tl.int64) * nheads_k * group_size + head) * seqlen_q
-        q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
+        row = lse_offset(batch.to(tl.int64) * nheads_k, head, entry_q, group_size, seqlen_q,
+                         total_q)  # fmt: skip
+        q = load_tile(Q, entry_q, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
                       HEADDIM, BLOCK_M, BLOCK_D, CHECK_QUERIES, USE_TMA)  # fmt: skip
         in_rows = offs_m < seqlen_q - start_m
         lse = tl.load(Lse + row + start_m + offs_m, mask=in_rows, other=float("inf"))
         s_t = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh,
+        dout = load_tile(dOut, entry_q, head, start_m, stride_gb, stride_gs, stride_gh,
                          seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV, CHECK_QUERIES,
                          USE_TMA)  # fmt: skip
         # As early as registers allow, so that the tensor cores work during the softmax.
@@ -141,21 +164,30 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, softmax_s
             ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    store_tile(dK, dk * softmax_scale, batch, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
-               seqlen_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
-    store_tile(dV, dv, batch, head_k, start_n, stride_dvb, stride_dvs, stride_dvh, seqlen_k,
+    if SeqUsedK is not None:
+        used = tl.arange(0, BLOCK_N)[:, None] < seqlen_k - start_n
+        dk = tl.where(used, dk, 0.0)
+        dv = tl.where(used, dv, 0.0)
+    store_tile(dK, dk * softmax_scale, entry_k, head_k, start_n, stride_dkb, stride_dks, stride_dkh,
+               rows_k, HEADDIM, BLOCK_N, BLOCK_D)  # fmt: skip
+    store_tile(dV, dv, entry_k, head_k, start_n, stride_dvb, stride_dvs, stride_dvh, rows_k,
                HEADDIM_V, BLOCK_N, BLOCK_DV)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
-def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, stride_qb,
-              stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
-              stride_vh, stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
-              nheads, group_size, seqlen_q, seqlen_k, window_left, window_right,
-              HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-              CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-              USE_TMA: tl.constexpr):  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "nheads", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+    ],
+    do_not_specialize_on_alignment=PACKED,
+)  # fmt: skip
+def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
+              SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
+              stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs, stride_gh,
+              stride_dqb, stride_dqs, stride_dqh, nheads, group_size, seqlen_q, seqlen_k, total_q,
+              total_k, window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
+              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -166,20 +198,28 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, 
     head = pid // tiles_m % nheads
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
+    entry_q, entry_k, rows_q = batch, batch, seqlen_q
+    if CuSeqlensQ is not None:
+        entry_q, rows_q, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
+        entry_k, _, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)
+        if start_m >= rows_q:
+            return
     offs_m = tl.arange(0, BLOCK_M)
     scale_log2 = softmax_scale * LOG2_E
 
-    q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
+    q = load_tile(Q, entry_q, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
                   BLOCK_M, BLOCK_D, True, USE_TMA)  # fmt: skip
-    dout = load_tile(dOut, batch, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
+    dout = load_tile(dOut, entry_q, head, start_m, stride_gb, stride_gs, stride_gh, seqlen_q,
                      HEADDIM_V, BLOCK_M, BLOCK_DV, True, USE_TMA)  # fmt: skip
-    row = (batch.to(tl.int64) * nheads + head) * seqlen_q + start_m
+    row = lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
     in_rows = offs_m < seqlen_q - start_m
     lse_log2 = lse_to_log2(tl.load(Lse + row + offs_m, mask=in_rows, other=float("inf")))
     delta = tl.load(Delta + row + offs_m, mask=in_rows, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     _, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    if SeqUsedQ is not None:
+        end = tl.where(start_m < seqlen_q, end, 0)
     begin = 0
     if window_left is not None:
         begin, _ = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
@@ -187,7 +227,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, 
         CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
     )
     for start_n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
+        k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if ScoreMods is not None:
@@ -209,7 +249,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, 
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
             seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
             p = tl.where(seen, p, 0.0)
-        v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
+        v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
@@ -219,8 +259,8 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, softmax_scale, 
             ds = derive(ds, score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
                         SCATTER=True)  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_tile(dQ, dq * softmax_scale, batch, head, start_m, stride_dqb, stride_dqs, stride_dqh,
-               seqlen_q, HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
+    store_tile(dQ, dq * softmax_scale, entry_q, head, start_m, stride_dqb, stride_dqs, stride_dqh,
+               rows_q, HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
 
 
 def backward(
@@ -234,30 +274,34 @@ def backward(
     saved: list[torch.Tensor],
     spec: AttentionSpec,
     extras: tuple[torch.Tensor, ...] = (),
+    sequences: Sequences = NOT_PACKED,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
+    """dq, dk, dv, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    Behind them the gradients of extras that `spec.features.with_grad` names.
-    dout needs a contiguous last dimension; out, lse and dlse are contiguous.
+    Behind them the gradients of extras that `spec.features.with_grad` names. dq, dk, dv are
+    contiguous, or `grads`, which are written. dout needs a contiguous last dimension, as grads do;
+    out, lse and dlse are contiguous.
     """
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = grads or (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
     target = target_of(q.device)
     use_tma = tuning.tma_pays(spec, target) and tma_can_read(q, k, v, dout)
     launch_delta, launch_dkdv, launch_dq = _prepare(
         spec, target, q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
-        aligned(q, k, v, dout, out, lse), dlse is not None and aligned(dlse), use_tma,
-        kinds(*extras),
+        tuple(g.stride() for g in (dq, dk, dv)), aligned(q, k, v, dout, out, lse, dq, dk, dv),
+        dlse is not None and aligned(dlse), use_tma, kinds(*extras), sequences.given,
     )  # fmt: skip
     modifications, dextras = mods.for_backward(spec.features, extras)
 
     if lse.numel():
-        launch_delta(out, dout, lse if dlse is None else dlse, delta)
-    for launch, grads in ((launch_dkdv, (dk, dv)), (launch_dq, (dq,))):
-        if grads[0].numel():
+        inputs = (out, dout, lse if dlse is None else dlse)
+        launch_delta(*inputs, delta, sequences.cu_seqlens_q, sequences.seqused_q)
+    for launch, written in ((launch_dkdv, (dk, dv)), (launch_dq, (dq,))):
+        if written[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
             with mods.explained(spec.features) if spec.features.mods else nullcontext():
-                launch(*operands, lse, delta, *grads, *modifications)
+                launch(*operands, lse, delta, *written, *modifications, *sequences)
     return dq, dk, dv, *dextras()
 
 
@@ -279,24 +323,29 @@ def _prepare(
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
     stride_dout: tuple[int, ...],
-    aligned_inputs: tuple[bool, ...],
+    stride_grads: tuple[tuple[int, ...], ...],
+    aligned_tensors: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
     use_tma: bool,
     kinds_of_extras: tuple[object, ...],
+    given: tuple[bool, ...],
 ) -> tuple[Launch, Launch, Launch]:
     block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
-    strides = (*stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_dout[:3])
-    lengths = (spec.seqlen_q, spec.seqlen_k)
+    inputs = (entry_strides(s) for s in (stride_q, stride_k, stride_v, stride_dout))
+    strides = [n for stride in inputs for n in stride]
+    stride_dq, stride_dk, stride_dv = (entry_strides(stride) for stride in stride_grads)
+    stride_o = strides_of(1 if spec.varlen else spec.seqlen_q, spec.nheads, spec.headdim_v)
+    lengths = (spec.seqlen_q, spec.seqlen_k, *spec.totals)
     window = (spec.features.window_left, spec.features.window_right)
     precision = tuning.dot_precision(spec, target)
+    packed = spec.varlen is not None
     queries, keys = spec.nheads * spec.batch, spec.nheads_k * spec.batch
 
     config = tuning.v2_delta(spec, target)
     delta = Launch(
         delta_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
-        (*strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v), *stride_dout[:3], spec.nheads,
-         spec.seqlen_q),
+        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, spec.totals[0]),
         (spec.headdim_v, config.block_m, block_dv, aligned_dlse is not False),
         config,
     )  # fmt: skip
@@ -305,12 +354,11 @@ def _prepare(
     dkdv = Launch(
         dkdv_kernel,
         triton.cdiv(spec.seqlen_k, config.block_n) * keys,
-        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim),
-         *strides_of(spec.seqlen_k, spec.nheads_k, spec.headdim_v), spec.nheads_k, spec.group_size,
+        (spec.softmax_scale, *strides, *stride_dk, *stride_dv, spec.nheads_k, spec.group_size,
          *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.group_size > 1, spec.seqlen_q % config.block_m != 0, precision,
-         use_tma),
+         spec.causal, spec.group_size > 1, packed or spec.seqlen_q % config.block_m != 0,
+         precision, use_tma),
         config,
     )  # fmt: skip
 
@@ -318,10 +366,10 @@ def _prepare(
     dq = Launch(
         dq_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
-        (spec.softmax_scale, *strides, *strides_of(spec.seqlen_q, spec.nheads, spec.headdim),
-         spec.nheads, spec.group_size, *lengths, *window),
+        (spec.softmax_scale, *strides, *stride_dq, spec.nheads, spec.group_size, *lengths,
+         *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.seqlen_k % config.block_n != 0, precision, use_tma),
+         spec.causal, packed or spec.seqlen_k % config.block_n != 0, precision, use_tma),
         config,
     )  # fmt: skip
     return delta, dkdv, dq

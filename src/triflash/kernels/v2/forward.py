@@ -20,6 +20,7 @@ from triflash import mods, tuning
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
+    entry_strides,
     kinds,
     strides_of,
     tile_descriptor,
@@ -29,20 +30,31 @@ from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.tiles import load_tile, store_tile
-from triflash.spec import AttentionSpec
+from triflash.kernels.common.varlen import PACKED, lse_offset, sequence
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q", "seqlen_k", "window_left", "window_right"])
-def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_qb, stride_qs,
-                   stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                   stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q, seqlen_k,
-                   window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "nheads", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+    ],
+    do_not_specialize_on_alignment=PACKED,
+)  # fmt: skip
+def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
+                   SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
+                   stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+                   nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+                   window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
                    SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
                    USE_TMA: tl.constexpr):  # fmt: skip
-    """One program a block of queries; programs of one head are neighbours, to share k, v in L2."""
+    """One program a block of queries; programs of one head are neighbours, to share k, v in L2.
+
+    With CuSeqlensQ, a batch entry is a sequence of packed tensors, and seqlen_q and seqlen_k are
+    the largest: programs past the end of theirs leave, those of unused rows write that.
+    """
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
     tile_m = pid % tiles_m
@@ -52,8 +64,14 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_
     head = pid // tiles_m % nheads
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
+    entry_q, entry_k, rows_q = batch, batch, seqlen_q
+    if CuSeqlensQ is not None:
+        entry_q, rows_q, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
+        entry_k, _, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)
+        if start_m >= rows_q:
+            return
 
-    q = load_tile(Q, batch, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
+    q = load_tile(Q, entry_q, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q, HEADDIM,
                   BLOCK_M, BLOCK_D, True, USE_TMA)  # fmt: skip
     # softmax_step wants a positive scale: the sign goes into q, and scores scaled by 0 are q = 0.
     scale_log2 = softmax_scale * SCALE_SIGN * LOG2_E
@@ -69,6 +87,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    if SeqUsedQ is not None:
+        end = tl.where(start_m < seqlen_q, end, 0)
     begin = 0
     if window_left is not None:
         begin, full_from = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
@@ -76,7 +96,7 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_
         CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
     )
     for start_n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, batch, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
+        k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if ScoreMods is not None:
@@ -101,16 +121,20 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, softmax_scale, stride_
         m_i, p, alpha = softmax_step(s, m_i, scale_log2, MASKED or MaskMod is not None)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = load_tile(V, batch, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
+        v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
+    if SeqUsedQ is not None:
+        used = tl.arange(0, BLOCK_M) < seqlen_q - start_m
+        l_i = tl.where(used, l_i, 0.0)
+        acc = tl.where(used[:, None], acc, 0.0)
     lse, normaliser = finish(m_i, l_i)
-    store_tile(Out, acc * normaliser[:, None], batch, head, start_m, stride_ob, stride_os,
-               stride_oh, seqlen_q, HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
+    store_tile(Out, acc * normaliser[:, None], entry_q, head, start_m, stride_ob, stride_os,
+               stride_oh, rows_q, HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
-    lse_row = Lse + (batch.to(tl.int64) * nheads + head) * seqlen_q + start_m
-    tl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
+    lse_row = Lse + lse_offset(batch, head, entry_q, nheads, rows_q, total_q) + start_m
+    tl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
 
 
 def forward(
@@ -119,16 +143,20 @@ def forward(
     v: torch.Tensor,
     spec: AttentionSpec,
     extras: tuple[torch.Tensor, ...] = (),
+    sequences: Sequences = NOT_PACKED,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`."""
-    out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
-    lse = q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32)
+    """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
+
+    Packed: out `(total_q, nheads, headdim_v)`, lse `(nheads, total_q)`.
+    """
+    out = q.new_empty((*q.shape[:-1], spec.headdim_v))
+    lse = q.new_empty(spec.lse_shape, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
     use_tma = tuning.tma_pays(spec, target_of(q.device)) and tma_can_read(q, k, v)
     launch = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), aligned(q, k, v),
-        use_tma, kinds(*extras),
+        use_tma, kinds(*extras), sequences.given,
     )  # fmt: skip
     if use_tma:
         block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
@@ -136,7 +164,7 @@ def forward(
         k = tile_descriptor(k, launch.config.block_n, block_d)
         v = tile_descriptor(v, launch.config.block_n, block_dv)
     with mods.explained(spec.features) if spec.features.mods else nullcontext():
-        launch(q, k, v, out, lse, *mods.for_forward(spec.features, extras))
+        launch(q, k, v, out, lse, *mods.for_forward(spec.features, extras), *sequences)
     return out, lse, []
 
 
@@ -151,18 +179,20 @@ def _prepare(
     aligned_qkv: tuple[bool, ...],
     use_tma: bool,
     kinds_of_extras: tuple[object, ...],
+    given: tuple[bool, ...],
 ) -> Launch:
     config = tuning.v2_forward(spec, target, use_tma)
-    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
+    stride_o = strides_of(1 if spec.varlen else spec.seqlen_q, spec.nheads, spec.headdim_v)
+    strides = (s for stride in (stride_q, stride_k, stride_v) for s in entry_strides(stride))
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     return Launch(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
-        (spec.softmax_scale, *stride_q[:3], *stride_k[:3], *stride_v[:3], *stride_o,
-         spec.nheads, spec.group_size, spec.seqlen_q, spec.seqlen_k, spec.features.window_left,
-         spec.features.window_right),
+        (spec.softmax_scale, *strides, *stride_o, spec.nheads, spec.group_size, spec.seqlen_q,
+         spec.seqlen_k, *spec.totals, spec.features.window_left, spec.features.window_right),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
-         spec.seqlen_k % config.block_n != 0, sign, tuning.dot_precision(spec, target), use_tma),
+         spec.varlen is not None or spec.seqlen_k % config.block_n != 0, sign,
+         tuning.dot_precision(spec, target), use_tma),
         config,
     )  # fmt: skip

@@ -1,0 +1,332 @@
+"""Public functions for packed tensors: sequences one behind the other, and q, k, v in one tensor.
+
+Their gradients come packed as they did, written in place: nothing is stacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from triflash import mods, ops, registry
+from triflash.interface import no_second_derivative, refuse_dropout, transformed
+from triflash.spec import NOT_PACKED, PLAIN, Features, Sequences, make_spec, make_varlen_spec
+from triflash.target import target_of
+
+Tensor = torch.Tensor
+_Results = Tensor | tuple[Tensor, Tensor, None]
+# Of padded tensors: no cu_seqlens, no seqused, no max_seqlen.
+_PADDED = (None, None, None, None, 0, 0)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    implementation: str = "auto",
+) -> _Results:
+    """`flash_attn_func` of q, k and v in one tensor, whose gradient is one tensor too.
+
+    Args:
+        qkv: `(batch, seqlen, 3, nheads, headdim)`.
+
+    Returns:
+        out `(batch, seqlen, nheads, headdim)`, or with return_attn_probs
+        `(out, softmax_lse, None)`.
+
+    Raises:
+        As `flash_attn_func`; ValueError: qkv has another shape.
+    """
+    refuse_dropout(dropout_p)
+    _check_shape("qkv", qkv, ("batch", "seqlen", "3", "nheads", "headdim"))
+    features = mods.features_of(window_size, softcap, alibi_slopes)
+    options = (softmax_scale, causal, deterministic, False, implementation)
+    return _results((qkv,), _PADDED, options, *features, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    implementation: str = "auto",
+) -> _Results:
+    """`flash_attn_func` of k and v in one tensor, whose gradient is one tensor too.
+
+    Args:
+        q: `(batch, seqlen_q, nheads, headdim)`.
+        kv: `(batch, seqlen_k, 2, nheads_k, headdim)`.
+
+    Returns:
+        out `(batch, seqlen_q, nheads, headdim)`, or with return_attn_probs
+        `(out, softmax_lse, None)`.
+
+    Raises:
+        As `flash_attn_func`; ValueError: kv has another shape.
+    """
+    refuse_dropout(dropout_p)
+    _check_shape("kv", kv, ("batch", "seqlen_k", "2", "nheads_k", "headdim"))
+    features = mods.features_of(window_size, softcap, alibi_slopes)
+    options = (softmax_scale, causal, deterministic, False, implementation)
+    return _results((q, kv), _PADDED, options, *features, return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    implementation: str = "auto",
+) -> _Results:
+    """`flash_attn_func` of sequences of any lengths, packed one behind the other without padding.
+
+    Sequence b is rows `[cu_seqlens_q[b], cu_seqlens_q[b + 1])` of q, and sees those of k and v that
+    cu_seqlens_k gives it. Lengths may be 0. `causal` is aligned to the bottom right of each. The
+    call does not wait for the GPU; docs/semantics.md says how wrong values are found.
+
+    Args:
+        q: `(total_q, nheads, headdim)`.
+        k: `(total_k, nheads_k, headdim)`.
+        v: `(total_k, nheads_k, headdim_v)`.
+        cu_seqlens_q: `(batch + 1,)`, int32, from 0 to total_q: where each sequence starts.
+        cu_seqlens_k: `(batch + 1,)`, int32, from 0 to total_k.
+        max_seqlen_q: a number that no sequence's queries exceed. Programs are started for it.
+        max_seqlen_k: the same of keys.
+        block_table: only None; keys in pages are not built.
+        seqused_q: `(batch,)`, int32: only so many rows of each sequence take part. The others give
+            0, lse -inf and zero gradients, and may hold anything.
+        seqused_k: the same of keys, which nothing sees from there on.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs, implementation: as in `flash_attn_func`.
+
+    Returns:
+        out `(total_q, nheads, headdim_v)`, or with return_attn_probs `(out, softmax_lse, None)`,
+        softmax_lse `(nheads, total_q)`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NotImplementedError: no implementation, or not the named one, supports the call.
+    """
+    refuse_dropout(dropout_p)
+    if block_table is not None:
+        raise NotImplementedError(
+            "triflash does not support keys in pages (block_table): gather them into packed k and v"
+        )
+    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    features = mods.features_of(window_size, softcap, alibi_slopes)
+    options = (softmax_scale, causal, deterministic, False, implementation)
+    return _results((q, k, v), sequences, options, *features, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    implementation: str = "auto",
+) -> _Results:
+    """`flash_attn_varlen_func` of q, k and v in one tensor, whose gradient is one tensor too.
+
+    Args:
+        qkv: `(total, 3, nheads, headdim)`.
+        cu_seqlens, max_seqlen: of q and of k.
+
+    Returns:
+        out `(total, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, None)`.
+
+    Raises:
+        As `flash_attn_varlen_func`; ValueError: qkv has another shape.
+    """
+    refuse_dropout(dropout_p)
+    _check_shape("qkv", qkv, ("total", "3", "nheads", "headdim"))
+    sequences = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
+    features = mods.features_of(window_size, softcap, alibi_slopes)
+    options = (softmax_scale, causal, deterministic, False, implementation)
+    return _results((qkv,), sequences, options, *features, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    implementation: str = "auto",
+) -> _Results:
+    """`flash_attn_varlen_func` of k and v in one tensor, whose gradient is one tensor too.
+
+    Args:
+        q: `(total_q, nheads, headdim)`.
+        kv: `(total_k, 2, nheads_k, headdim)`.
+
+    Returns:
+        out `(total_q, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, None)`.
+
+    Raises:
+        As `flash_attn_varlen_func`; ValueError: kv has another shape.
+    """
+    refuse_dropout(dropout_p)
+    _check_shape("kv", kv, ("total_k", "2", "nheads_k", "headdim"))
+    sequences = (cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k)
+    features = mods.features_of(window_size, softcap, alibi_slopes)
+    options = (softmax_scale, causal, deterministic, False, implementation)
+    return _results((q, kv), sequences, options, *features, return_attn_probs)
+
+
+def _check_shape(name: str, tensor: Tensor, sizes: tuple[str, ...]) -> None:
+    """`sizes` names the dimensions, but for the one of q, k and v, which is a number."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(sizes) or tensor.shape[-3] != int(sizes[-3]):
+        raise ValueError(f"{name} must have shape ({', '.join(sizes)}), got {tuple(tensor.shape)}")
+
+
+def _results(
+    tensors: tuple[Tensor, ...],
+    sequences: tuple[Any, ...],
+    options: tuple[Any, ...],
+    features: Features,
+    extras: tuple[Tensor, ...],
+    return_attn_probs: bool,
+) -> _Results:
+    eager = ops.is_eager(*tensors, *extras)
+    if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):
+        tensors = ops.cast_for_autocast(*tensors)
+        eager = False  # the operator's own rule turns autocast off inside
+    *numbers, implementation = options
+    q, k, v = ops.split(tensors)
+    rest = (*numbers, ops.aligned_bases(q, k, v) if eager else True, features, extras)
+    where = NOT_PACKED
+    if sequences is _PADDED:
+        spec = make_spec(q, k, v, *rest)
+    else:
+        *indices, max_seqlen_q, max_seqlen_k = sequences
+        where = Sequences(*indices)
+        rest = (max_seqlen_q, max_seqlen_k, *rest)
+        spec = make_varlen_spec(q, k, v, where, *rest)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *extras))
+    if needs_grad and features is not PLAIN:
+        features = replace(features, with_grad=mods.differentiable(features, extras))
+        spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
+    if not torch.compiler.is_compiling():
+        row = registry.resolve(implementation, spec, target_of(tensors[0].device))
+        if needs_grad:
+            registry.check_backward(row)
+    elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
+        tensors = _apart(tensors)
+        sequences = (*_apart(sequences[:4]), *sequences[4:])
+    options = (spec.softmax_scale, *options[1:], features.text)
+    if needs_grad or transformed():
+        body = (spec, row, where) if eager else None
+        arguments = (*tensors, *sequences, *options, *extras)
+        out, lse = _PackedAttention.apply(body, len(tensors), *arguments)
+    elif eager:
+        out, lse, _ = ops.run_packed_forward(q, k, v, spec, row, where, extras)
+    else:
+        operator = torch.ops.triflash.packed_attention_forward.default
+        out, lse, _ = operator(tensors, *sequences, *options, extras)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Views of those that came before."""
+    return tuple(
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    )
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Autograd over the two operators, with gradients of the tensors as they are packed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, body: tuple[Any, Any, Any] | None, n: int, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        packed, rest = arguments[: n + 4], arguments[n + 4 :]  # tensors, and where sequences are
+        ctx.n, ctx.options, extras = n, rest[:_OPTIONS], rest[_OPTIONS:]
+        if body is not None:
+            out, lse, saved = ops.run_packed_forward(*ops.split(packed[:n]), *body, extras)
+        else:
+            operator = torch.ops.triflash.packed_attention_forward.default
+            out, lse, saved = operator(packed[:n], *packed[n:], *ctx.options, extras)
+        ctx.extras = len(extras)
+        ctx.save_for_backward(*packed, out, lse, *extras, *saved)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, n = ctx.saved_tensors, ctx.n
+        packed, (out, lse), rest = tensors[: n + 4], tensors[n + 4 : n + 6], tensors[n + 6 :]
+        extras, saved = rest[: ctx.extras], rest[ctx.extras :]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        gradients = no_second_derivative(_gradients)
+        arguments = (*packed, out, lse, saved, ctx.options, extras)
+        grads = gradients(n, dout, dlse, *arguments)
+        wanted = iter(grads[n:])
+        wants = ctx.needs_input_grad[2 + n + 4 + _OPTIONS :]
+        dextras = (next(wanted) if want else None for want in wants)
+        return None, None, *grads[:n], *[None] * (4 + _OPTIONS), *dextras
+
+
+_OPTIONS = 8  # of an operator, between where sequences are and extras
+
+
+def _gradients(n: int, dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *packed, out, lse, saved, options, extras = arguments
+    operator = torch.ops.triflash.packed_attention_backward.default
+    grads, dextras = operator(
+        dout, dlse, packed[:n], out, lse, saved, *packed[n:], *options, extras
+    )
+    return *grads, *dextras

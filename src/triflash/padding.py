@@ -1,0 +1,107 @@
+"""Between padded `(batch, seqlen, ...)` and packed `(total, ...)` tensors, by flash-attn's names.
+
+Plain PyTorch, any device, with gradients; the results are those of `flash_attn.bert_padding` 2.8.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a tensor.
+
+    Args:
+        input: `(n, ...)`, at least two dimensions.
+        indices: `(total,)`, int64, each in [0, n).
+
+    Returns:
+        `(total, ...)`: input[indices]. Where an index comes twice, its gradients add up.
+
+    Raises:
+        ValueError: input has fewer than two dimensions, or indices not one.
+    """
+    _check_rows("input", input, indices)
+    return input.index_select(0, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """The inverse of `index_first_axis`: values at `indices` of zeros `(first_axis_dim, ...)`.
+
+    Raises:
+        ValueError: values has fewer than two dimensions or other than one row an index.
+    """
+    _check_rows("values", values, indices)
+    if values.shape[0] != indices.shape[0]:
+        raise ValueError(
+            f"values must have one row for each of {indices.shape[0]} indices, "
+            f"got shape {tuple(values.shape)}"
+        )
+    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices, values)
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Drop padding, and say where the sequences are; waits for the GPU, to know how many rows stay.
+
+    Args:
+        hidden_states: `(batch, seqlen, ...)`.
+        attention_mask: `(batch, seqlen)`, bool or int, 1 for tokens, 0 for padding.
+        unused_mask: `(batch, seqlen)`, 1 for rows that are kept but do not take part: room for more
+            tokens, behind those of the mask. No row may be in both.
+
+    Returns:
+        hidden_states: `(total, ...)`, the rows of either mask.
+        indices: `(total,)`, int64, where they are in the flattened `(batch * seqlen, ...)`.
+        cu_seqlens: `(batch + 1,)`, int32, where each sequence starts, and the total.
+        max_seqlen_in_batch: the most rows of a sequence.
+        seqused: `(batch,)`, int32, the rows of attention_mask alone in each sequence.
+
+    Raises:
+        ValueError: a mask is not `(batch, seqlen)` of hidden_states.
+    """
+    masks = {"attention_mask": attention_mask}
+    if unused_mask is not None:
+        masks["unused_mask"] = unused_mask
+    for name, mask in masks.items():
+        if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"{name} must have hidden_states' first dimensions (batch, seqlen) = "
+                f"{tuple(hidden_states.shape[:2])}, got shape {tuple(mask.shape)}"
+            )
+    kept = attention_mask if unused_mask is None else attention_mask + unused_mask
+    seqlens = kept.sum(dim=-1, dtype=torch.int32)
+    seqused = attention_mask.sum(dim=-1, dtype=torch.int32)
+    indices = torch.nonzero(kept.flatten()).flatten()
+    cu_seqlens = F.pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
+    max_seqlen = int(seqlens.max()) if seqlens.numel() else 0
+    rows = index_first_axis(hidden_states.flatten(0, 1), indices)
+    return rows, indices, cu_seqlens, max_seqlen, seqused
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """The inverse of `unpad_input`, zeros where there was padding.
+
+    Args:
+        hidden_states: `(total, ...)`.
+        indices: `(total,)`, as `unpad_input` gave them.
+
+    Returns:
+        `(batch, seqlen, ...)`.
+
+    Raises:
+        ValueError: as `index_put_first_axis`.
+    """
+    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return padded.unflatten(0, (batch, seqlen))
+
+
+def _check_rows(name: str, tensor: Tensor, indices: Tensor) -> None:
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}")
+    if indices.dim() != 1:
+        raise ValueError(f"indices must have 1 dimension, got shape {tuple(indices.shape)}")
