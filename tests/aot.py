@@ -105,11 +105,11 @@ def record_call(
     allow_tf32: bool = False,
     softmax_scale: float | None = None,
     dlse: bool = False,
-    case: dict[str, Any] | None = None,
+    feature: str | None = None,
 ) -> list[RecordedLaunch]:
     """The launches of forward and backward for one call on `target`.
 
-    `case` has fields of `Case` for the features of the call.
+    `feature` is one of `test_mods.FEATURED`, but for causal.
     """
     headdim_v = headdim if headdim_v is None else headdim_v
     seqlen_k = seqlen if seqlen_k is None else seqlen_k
@@ -122,8 +122,11 @@ def record_call(
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
     spec = make_spec(q, k, v, softmax_scale, causal, False, allow_tf32)
     extras = ()
-    if case is not None:
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal, **case)
+    if feature is not None:
+        import test_mods  # here, so that its functions are what this process makes of them
+
+        fields = {**test_mods.FEATURED[feature], "causal": causal}
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, **fields)
         arguments = of.extras(torch.device("meta"))
         spec = of.spec_of(q, k, v, arguments)
         extras = mods.features_of(**arguments)[1]

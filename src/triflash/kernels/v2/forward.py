@@ -155,6 +155,8 @@ def _prepare(
     config = tuning.v2_forward(spec, target, use_tma)
     stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
+    if spec.features.score_mods:  # which scale by themselves
+        sign = 1
     return Launch(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
