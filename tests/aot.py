@@ -105,13 +105,13 @@ def record_call(
     allow_tf32: bool = False,
     softmax_scale: float | None = None,
     dlse: bool = False,
-    case: dict[str, Any] | None = None,
+    feature: str | None = None,
     packed: bool = False,
     seqused: bool = False,
 ) -> list[RecordedLaunch]:
     """The launches of forward and backward for one call on `target`.
 
-    `case` has fields of `Case` for the features of the call. Packed, there are `batch` sequences of
+    `feature` is one of `test_mods.FEATURED`, but for causal. Packed, there are `batch` sequences of
     at most `seqlen` queries and `seqlen_k` keys.
     """
     headdim_v = headdim if headdim_v is None else headdim_v
@@ -124,8 +124,11 @@ def record_call(
     k = empty(batch, seqlen_k, nheads_k, headdim)
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
     arguments = {}
-    if case is not None:
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal, **case)
+    if feature is not None:
+        import test_mods  # here, so that its functions are what this process makes of them
+
+        fields = {**test_mods.FEATURED[feature], "causal": causal}
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, **fields)
         arguments = of.extras(torch.device("meta"))
     features, extras = mods.features_of(**arguments)
     features = replace(features, with_grad=mods.differentiable(features, extras))

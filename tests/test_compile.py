@@ -148,6 +148,29 @@ def test_compiles(implementation, call, target, compile_for):
             )
 
 
+FEATURED_CALLS = {
+    "bf16-128-causal-long": {"dtype": BF16, "headdim": 128, "causal": True, "seqlen": 16384},
+    "bf16-128-long": {"dtype": BF16, "headdim": 128, "seqlen": 16384},
+    "bf16-64-causal-long": {"dtype": BF16, "headdim": 64, "causal": True, "seqlen": 16384},
+    "fp32-64": {"dtype": FP32, "headdim": 64},
+}
+# ALiBi is faster with tiles that spill (docs/perf-log.md), here bytes a thread.
+FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
+
+
+@pytest.mark.parametrize("call", FEATURED_CALLS)
+@pytest.mark.parametrize("feature", ["both", "softcap", "alibi", "documents", "learned bias"])
+@pytest.mark.parametrize("target", ONE_OF_A_KIND)
+def test_features_compile(feature, call, target, compile_for):
+    limit = aot.TARGETS[target][2]
+    for kernel in compile_for(target, feature=feature, **FEATURED_CALLS[call]):
+        assert kernel.shared <= limit, (kernel.name, kernel.config)
+        assert not kernel.overwritten, (kernel.name, kernel.config, kernel.overwritten)
+        if target == "sm_90":
+            allowed = FEATURED_SPILLS.get((feature, kernel.name, kernel.config), 0)
+            assert kernel.spills <= allowed, (kernel.name, kernel.config, kernel.spills)
+
+
 @pytest.mark.parametrize(
     ("buffers", "pending", "hazard"), [(1, 1, True), (1, 0, False), (2, 1, False)]
 )

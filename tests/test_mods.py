@@ -6,12 +6,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GPU, check, every_row
+from helpers import GPU, KERNEL_DTYPES, check, every_row
+from hypothesis import given
+from hypothesis import strategies as st
 
 from triflash import attention, mods, registry
 from triflash.spec import FEATURES, PLAIN, Features, Mod, features_of_text, window_of
 from triflash.target import Target
-from triflash.testing import Case
+from triflash.testing import LAYOUTS, Case, make_inputs
 
 FLOAT = torch.float32
 
@@ -78,11 +80,48 @@ FEATURED = {
     "alibi": {"alibi": "heads"},
     "alibi of batch": {"alibi": "batch and heads", "causal": True},
     "softcap, alibi, window": {"softcap": 5.0, "alibi": "heads", "window_size": (30, 30)},
-    "learned relative bias": {"score_mod": RELATIVE, "make_aux": table, "causal": True},
+    "learned bias": {"score_mod": RELATIVE, "make_aux": table, "causal": True},
+    "negative scale": {"softmax_scale": -0.5, "softcap": 2.0, "window_size": (None, 30)},
     "documents": {"mask_mod": DOCUMENT, "make_aux": ids},
     "documents, causal": {"mask_mod": DOCUMENT, "make_aux": ids, "causal": True},
 }
-LENGTHS = [(130, 130), (70, 150), (150, 70)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
+LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
+
+
+@st.composite
+def featured_cases(draw: st.DrawFn) -> Case:
+    """Any features that can meet, in any call."""
+    seqlen_k = draw(st.integers(1, 900 if GPU else 70))
+    side = st.one_of(st.none(), st.integers(0, 2 * seqlen_k))
+    nheads_k = draw(st.integers(1, 2))
+    masks = draw(st.booleans())
+    learned = not masks and draw(st.booleans())
+    return Case(
+        batch=draw(st.integers(1, 2)),
+        seqlen_q=draw(st.integers(1, 900 if GPU else 70)),
+        seqlen_k=seqlen_k,
+        nheads=nheads_k * draw(st.integers(1, 2)),
+        nheads_k=nheads_k,
+        headdim=draw(st.integers(1, 128 if GPU else 40)),
+        dtype=draw(st.sampled_from(KERNEL_DTYPES)),
+        causal=draw(st.booleans()),
+        softmax_scale=draw(st.one_of(st.none(), st.floats(-1, 1, width=32))),
+        with_dlse=draw(st.booleans()),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        seed=draw(st.integers(0, 2**16)),
+        window_size=(draw(side), draw(side)),
+        softcap=draw(st.sampled_from([0.0, 0.5, 1.0, 30.0])),
+        alibi=draw(st.sampled_from(["", "heads", "batch and heads"])),
+        mask_mod=DOCUMENT if masks else None,
+        score_mod=RELATIVE if learned else None,
+        make_aux=ids if masks else table if learned else None,
+    )
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+@given(case=featured_cases())
+def test_any_features(implementation, case, device):
+    check(case, implementation, device)
 
 
 @every_row
@@ -90,8 +129,8 @@ LENGTHS = [(130, 130), (70, 150), (150, 70)] if not GPU else [(1000, 1000), (300
 @pytest.mark.parametrize("feature", FEATURED)
 def test_features(implementation, feature, lengths, device):
     case = Case(
-        batch=2, seqlen_q=lengths[0], seqlen_k=lengths[1], nheads=4, nheads_k=2, headdim=32,
-        dtype=FLOAT if feature == "learned relative bias" else torch.float16, with_dlse=True,
+        batch=2, seqlen_q=lengths[0], seqlen_k=lengths[1], nheads=2, nheads_k=1, headdim=16,
+        dtype=FLOAT if feature == "learned bias" else torch.float16, with_dlse=True,
         **FEATURED[feature],
     )  # fmt: skip
     check(case, implementation, device)
@@ -279,3 +318,41 @@ def test_window_of():
     assert window_of((-1, None)) == (None, None)
     assert window_of([3, 0]) == (3, 0)
     assert window_of(None) == (None, None)
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_compile(implementation, device):
+    """In one graph, with the gradient of aux, and the same bits as without."""
+    q = torch.randn(2, 33, 2, 16, device=device, requires_grad=True)
+    bias = torch.linspace(-1, 1, 30, device=device).view(2, 15).requires_grad_()
+    slopes = torch.tensor([0.5, 0.25], device=device)
+
+    def call(q, bias):
+        return attention(
+            q, q * 2, q * 3, window_size=(20, 9), softcap=3.0, alibi_slopes=slopes,
+            score_mod=RELATIVE, aux=(bias, 7), implementation=implementation,
+        )  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    expected, got = call(q, bias), compiled(q, bias)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    dout = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, bias), dout),
+        torch.autograd.grad(expected, (q, bias), dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)  # atomic additions differ in the last bits
+    torch._dynamo.reset()
+
+
+def test_opcheck(device):
+    case = Case(seqlen_q=9, seqlen_k=11, headdim=16, dtype=FLOAT, **FEATURED["learned bias"])
+    inputs = make_inputs(case, device)
+    features, extras = mods.features_of(**inputs.extras)
+    options = (0.25, True, False, False, "v2", features.text, list(extras))
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.triflash.attention_forward.default,
+            (inputs.q, inputs.k, inputs.v, *options),
+        )

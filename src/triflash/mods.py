@@ -175,13 +175,14 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     """
     wanted = tuple(name for name, t in zip(features.names, extras, strict=True) if t.requires_grad)
     for mod in features.score_mods:
-        function = get(mod.key)
-        if function.derivative is None:
+        built_in = mod.key in _BUILT_IN  # not loaded: Dynamo traces this
+        if not built_in and get(mod.key).derivative is None:
             raise NotImplementedError(
                 f"score_mod {mod.key} has no derivative: give it to "
                 "triflash.mods.score_mod, or call under torch.no_grad()"
             )
-        if function.gradient is None and any(a in wanted for a in mod.aux):
+        constant = built_in or get(mod.key).gradient is None
+        if constant and any(a in wanted for a in mod.aux):
             names = ", ".join(a for a in mod.aux if a in wanted)
             raise NotImplementedError(
                 f"score_mod {mod.key} has no gradient for {names}: give one to "
@@ -296,7 +297,7 @@ def _built_in(key: str) -> ScoreMod:
     """Lazily, because kernels need triton, which need not be installed for the reference."""
     reference = _BUILT_IN[key]
     if importlib.util.find_spec("triton") is None:
-        return ScoreMod(key, None, True, None, reference)
+        return ScoreMod(key, None, None, None, reference)
     module = importlib.import_module("triflash.kernels.common.mods")
     return ScoreMod(
         key, getattr(module, key), getattr(module, f"{key}_derivative"), None, reference

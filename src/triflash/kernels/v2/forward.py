@@ -185,6 +185,8 @@ def _prepare(
     stride_o = strides_of(1 if spec.varlen else spec.seqlen_q, spec.nheads, spec.headdim_v)
     strides = (s for stride in (stride_q, stride_k, stride_v) for s in entry_strides(stride))
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
+    if spec.features.score_mods:  # which scale by themselves
+        sign = 1
     return Launch(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
