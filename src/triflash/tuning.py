@@ -127,7 +127,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
         return _with_loads(spec, target)
     if spec.dtype == torch.float32:
         if _modifies(spec) and d <= 64 and dot_precision(spec, target) == "ieee":
-            return TileConfig(64, 32, 8, 2)  # 64 keys spill
+            return TileConfig(32, 64, 8, 2)  # 64 queries spill
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
