@@ -120,7 +120,7 @@ def test_cuda_graph(implementation, causal, device):
     for seed in (1, 2):
         fresh = make_inputs(_with(case, seed=seed), device)
         with torch.no_grad():
-            for name, tensor in vars(fresh).items():
+            for name, tensor in fresh.tensors.items():
                 getattr(static, name).copy_(tensor)
         graph.replay()
         torch.cuda.synchronize()

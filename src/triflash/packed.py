@@ -246,7 +246,7 @@ def _results(
     q, k, v = ops.split(tensors)
     rest = (*numbers, ops.aligned_bases(q, k, v) if eager else True, features, extras)
     where = NOT_PACKED
-    if sequences is _PADDED:
+    if sequences[0] is None:  # _PADDED; Dynamo does not compare tuples by identity
         spec = make_spec(q, k, v, *rest)
     else:
         *indices, max_seqlen_q, max_seqlen_k = sequences

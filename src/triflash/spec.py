@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -186,7 +186,8 @@ class AttentionSpec:
     deterministic: bool = False
     allow_tf32: bool = False
     tma: bool = True
-    features: Features = PLAIN
+    # Without a default, which Dynamo of PyTorch 2.11 could not trace.
+    features: Features = field(kw_only=True)
     varlen: Varlen | None = None
 
     @property
