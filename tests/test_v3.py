@@ -339,6 +339,8 @@ def test_auto_takes_it_where_it_was_measured_to_pay():
         return registry.resolve("auto", Case(**case).spec(), target).name
 
     assert auto(seqlen_q=1024, seqlen_k=1024) == "v3"
+    assert auto(batch=32, seqlen_q=512, seqlen_k=512, causal=True) == "v3"
+    assert auto(batch=64, seqlen_q=500, seqlen_k=500) == "v2"
     assert auto(seqlen_q=4096, seqlen_k=4096, headdim=256, causal=True) == "v3"
     assert auto(seqlen_q=1, seqlen_k=4096) == "v2"
     assert auto(seqlen_q=1024, seqlen_k=1024, batch=1) == "v2"
