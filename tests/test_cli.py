@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,16 @@ def test_check_of_the_reference_needs_no_interpreter():
     result = run("check", *SMALL, "--implementation", "reference")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "TRITON_INTERPRET" not in result.stdout
+
+
+def test_the_readme_has_the_table_of_features():
+    """`triflash info --features` prints it from the registry."""
+    result = run("info", "--features")
+    assert result.returncode == 0
+    readme = Path(__file__).parents[1] / "README.md"
+    _, table, _ = re.split("<!-- features:(?:begin|end) -->\n", readme.read_text())
+    assert table == result.stdout
+    assert "cu_seqlens_q" in table
 
 
 def test_info():

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.main(arguments[1:], commands["bench"])
     args = parser.parse_args(arguments)
     if args.command == "info":
-        return info()
+        return features() if args.features else info()
     return check(args, commands["check"])
 
 
@@ -59,6 +59,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name] = subparsers.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
+    commands["info"].add_argument(
+        "--features", action="store_true", help="only the README's table of what each can do"
+    )
     _add_check_arguments(commands["check"])
     return parser, commands
 
@@ -113,6 +116,14 @@ def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> ar
         flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(f"unknown: {' '.join(unknown)}; the flags are {', '.join(flags)}")
     return args
+
+
+def features() -> int:
+    """Print the README's table of what each implementation can do."""
+    from triflash import registry
+
+    print(registry.features_table(), end="")
+    return 0
 
 
 def info() -> int:

@@ -230,6 +230,35 @@ def get(name: str) -> Implementation:
     )
 
 
+def features_table() -> str:
+    """What each row can do, as a table in Markdown; the README's is this one."""
+    yes = {True: "✔", False: ""}
+    lines: dict[str, list[str]] = {
+        "dtypes": [
+            "any" if row.dtypes == REFERENCE_DTYPES else _brief(row.dtypes)
+            for row in IMPLEMENTATIONS
+        ],
+        "head dimension": [
+            f"to {row.max_headdim}" if row.max_headdim else "any" for row in IMPLEMENTATIONS
+        ],
+        "gradients": [yes[row.backward is not None] for row in IMPLEMENTATIONS],
+        "`deterministic=True`": [
+            yes[row.deterministic or row.obeys_deterministic] for row in IMPLEMENTATIONS
+        ],
+    }
+    for feature, words in FEATURES.items():
+        lines[words] = [yes[feature in row.features] for row in IMPLEMENTATIONS]
+    head = ["", *(f"`{row.name}`" for row in IMPLEMENTATIONS)]
+    table = [head, ["---"] * len(head), *([name, *cells] for name, cells in lines.items())]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
+
+
+def _brief(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(
+        _name(dtype).replace("bfloat", "bf").replace("float", "fp") for dtype in dtypes
+    )
+
+
 def check_backward(row: Implementation) -> None:
     """Raises NotImplementedError if gradients are wanted of a row that has none."""
     if row.backward is None:
