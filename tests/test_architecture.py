@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.mods": {"triflash.spec"},
     "triflash.tuning": {"triflash.spec", "triflash.target"},
     "triflash.reference": {"triflash.spec", "triflash.mods"},
+    "triflash.masks": {"triflash.spec", "triflash.mods", "triflash.reference"},
     "triflash.registry": {"triflash.spec", "triflash.target"},
     "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry", "triflash.sequences"},
     "triflash.interface": {

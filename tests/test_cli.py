@@ -47,7 +47,7 @@ def test_help_does_not_wait_for_torch():
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         took.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr
-    for command in ("info", "check", "train"):
+    for command in ("info", "check", "mask", "train"):
         assert command in result.stdout
     assert min(took) < 1.0
 

@@ -1,10 +1,11 @@
-"""The `triflash` command: info, check, bench and train. Torch is imported when it is needed."""
+"""The `triflash` command: info, check, mask, bench and train. Torch is imported when needed."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "info":
         return features() if args.features else info()
+    if args.command == "mask":
+        return mask(args, commands["mask"])
     return check(args, commands["check"])
 
 
@@ -53,6 +56,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name, summary in (
         ("info", "show the GPU, versions, and which implementation runs which call"),
         ("check", "hold every implementation's results and gradients against float64"),
+        ("mask", "draw which blocks of a mask are empty, partial and full"),
         ("bench", "measure every implementation beside its peers, and report it"),
         ("train", "train a tiny GPT on text through triflash and through PyTorch's attention"),
     ):
@@ -63,6 +67,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--features", action="store_true", help="only the README's table of what each can do"
     )
     _add_check_arguments(commands["check"])
+    _add_mask_arguments(commands["mask"])
     return parser, commands
 
 
@@ -80,6 +85,59 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: a GPU if there is one)"
     )
+
+
+def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "A key is seen if everything given shows it. In the picture queries go down and keys go "
+        "right; blocks at the ends count as far as there are queries and keys. Of a mask that "
+        "differs between batch entries and heads the first is drawn."
+    )
+    what = parser.add_argument_group("the mask")
+    what.add_argument("--causal", action="store_true", help="aligned to the bottom right")
+    what.add_argument(
+        "--window", nargs=2, type=int, metavar=("LEFT", "RIGHT"),
+        help="window_size: keys before and after a query's own; -1 is no bound",
+    )  # fmt: skip
+    what.add_argument(
+        "--document", type=_lengths, metavar="LENGTHS",
+        help="of documents that do not see each other, such as 300,500,224",
+    )  # fmt: skip
+    what.add_argument(
+        "--mask", metavar="WHERE:NAME",
+        help="a mask modification, of triflash.mods.mask_mod with reference=, in a module or a "
+        "file: package.module:name, file.py:name",
+    )  # fmt: skip
+    what.add_argument(
+        "--aux", nargs="+", type=_number, default=[], metavar="NUMBER", help="of --mask"
+    )
+    what.add_argument(
+        "--seq-len", type=count, metavar="N", help="queries (default: 1024, or the documents' sum)"
+    )
+    what.add_argument(
+        "--seq-len-k", type=count, metavar="N", help="keys (default: as many as queries)"
+    )
+    out = parser.add_argument_group("the picture")
+    for flag, meaning in (("--block-m", "queries"), ("--block-n", "keys")):
+        out.add_argument(
+            flag, type=count, default=64, metavar="N", help=f"{meaning} of a block (default: 64)"
+        )
+    out.add_argument(
+        "--output", metavar="FILE", help="write it as PNG (needs matplotlib) instead of as text"
+    )
+
+
+def _lengths(text: str) -> list[int]:
+    return [count(part.strip()) for part in text.split(",")]
+
+
+def _number(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -263,6 +321,50 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         highlight=False,
     )
     return _run_checks(cases, names, device, console)
+
+
+def mask(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Draw the blocks of the mask that the flags describe, and count them."""
+    from triflash import masks
+
+    if args.aux and args.mask is None:
+        parser.error("argument --aux: is for --mask, which is not given")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's modules are here, as for `python -m`
+    seqlen_q = args.seq_len or sum(args.document or [1024])
+    try:
+        mask_mod = None if args.mask is None else masks.load(args.mask)
+        seen = masks.seen(
+            seqlen_q, args.seq_len_k or seqlen_q, causal=args.causal, window_size=args.window,
+            documents=args.document, mask_mod=mask_mod, aux=tuple(args.aux),
+        )  # fmt: skip
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    blocks = masks.Blocks.of(seen, args.block_m, args.block_n)
+    if args.output is not None:
+        try:
+            masks.save(blocks, args.output, _title(args))
+        except ImportError as error:
+            parser.error(f"--output needs matplotlib: pip install 'triflash[bench]' ({error})")
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --output: {error}")
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(masks.text(blocks, width))
+    print(masks.summary(blocks))
+    return 0
+
+
+def _title(args: argparse.Namespace) -> str:
+    """Over the picture of a mask: the flags that made it."""
+    parts = ["causal"] * args.causal
+    if args.window is not None:
+        parts.append("window {}, {}".format(*args.window))
+    if args.document is not None:
+        parts.append("documents " + ", ".join(map(str, args.document)))
+    if args.mask is not None:
+        parts.append(" ".join([args.mask.rpartition(":")[2], *map(str, args.aux)]))
+    return "; ".join(parts) or "full"
 
 
 def _run_checks(cases: list[Case], names: list[str], device: torch.device, console: Console) -> int:

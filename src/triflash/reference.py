@@ -103,12 +103,19 @@ def mask(
     scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors, first: int = 0
 ) -> torch.Tensor:
     """The scores, -inf where a query does not see a key."""
-    seen = visible(spec, scores.device)
+    return scores.masked_fill(~seen(spec, scores.device, extras, first), float("-inf"))
+
+
+def seen(
+    spec: AttentionSpec, device: torch.device, extras: _Tensors = (), first: int = 0
+) -> torch.Tensor:
+    """bool that broadcasts to the scores: which keys causal, window and mask modification show."""
+    shown = visible(spec, device)
     mod = spec.features.mask_mod
     if mod is not None:
         function = _reference_of(mod)
-        seen = seen & function(*_positions(spec, scores.device, first), _aux(mod, spec, extras))
-    return scores.masked_fill(~seen, float("-inf"))
+        shown = shown & function(*_positions(spec, device, first), _aux(mod, spec, extras))
+    return shown
 
 
 def _packed_forward(
