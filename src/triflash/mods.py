@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from triflash.spec import PLAIN, Features, Mod, window_of
+from triflash.spec import PLAIN, SMALLEST_FLOAT32, Features, Mod, window_of
 
 Tensor = torch.Tensor
 
@@ -134,6 +134,8 @@ def features_of(
         raise TypeError(f"softcap must be a number, got {type(softcap).__name__}")
     if not 0.0 <= softcap < 3.0e38:
         raise ValueError(f"softcap must be at least 0 (0 is none) and finite, got {softcap}")
+    if 0.0 < softcap < SMALLEST_FLOAT32:  # its inverse overflows, and 0 times that is NaN
+        raise ValueError(f"softcap must be 0 (none) or at least 2^-126, got {softcap}")
     if softcap:
         scores.append(Mod("softcap", (float(softcap),)))
     if alibi_slopes is not None:
