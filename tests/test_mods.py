@@ -315,6 +315,12 @@ def test_gradients_that_nobody_wrote_are_refused(device):
         attention(q, q, q, score_mod=constant, aux=(bias.requires_grad_(), 7))
 
 
+def test_slopes_have_no_gradient(device):
+    q = torch.randn(1, 5, 2, 16, device=device)
+    with pytest.raises(NotImplementedError, match="alibi_slopes cannot have a gradient: detach"):
+        attention(q, q, q, alibi_slopes=torch.ones(2, device=device, requires_grad=True))
+
+
 def test_numbers_that_are_equal_are_told_apart():
     """2 == 2.0 and 0.0 == -0.0, but a modification gets what was given, remembered or not."""
     got = []

@@ -56,7 +56,7 @@ def attention(
             side whatever is given here.
         softcap: cap > 0 makes scores cap * tanh(score / cap); 0 leaves them.
         alibi_slopes: float32 `(nheads,)` or `(batch, nheads)`; adds -slope * |p - j| to the score
-            of query i and key j, behind softcap. No gradient flows to it.
+            of query i and key j, behind softcap. It has no gradient: detach a parameter.
         score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
         mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
         aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.

@@ -177,15 +177,17 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     """
     wanted = tuple(name for name, t in zip(features.names, extras, strict=True) if t.requires_grad)
     for mod in features.score_mods:
-        built_in = mod.key in _BUILT_IN  # not loaded: Dynamo traces this
-        if not built_in and get(mod.key).derivative is None:
+        names = ", ".join(a for a in mod.aux if a in wanted)
+        if mod.key in _BUILT_IN:  # not loaded: Dynamo traces this
+            if names:
+                raise NotImplementedError(f"{names} cannot have a gradient: detach it")
+            continue
+        if get(mod.key).derivative is None:
             raise NotImplementedError(
                 f"score_mod {mod.key} has no derivative: give it to "
                 "triflash.mods.score_mod, or call under torch.no_grad()"
             )
-        constant = built_in or get(mod.key).gradient is None
-        if constant and any(a in wanted for a in mod.aux):
-            names = ", ".join(a for a in mod.aux if a in wanted)
+        if names and get(mod.key).gradient is None:
             raise NotImplementedError(
                 f"score_mod {mod.key} has no gradient for {names}: give one to "
                 "triflash.mods.score_mod, or detach it"
