@@ -178,6 +178,15 @@ def test_wrong_options(option, value, error, words, qkv):
         assert word in str(caught.value)
 
 
+def test_what_is_no_tensor_is_named_under_autocast(qkv, device):
+    q, k, _ = qkv
+    with (
+        torch.autocast(device.type, torch.bfloat16),
+        pytest.raises(TypeError, match=r"v must be a torch\.Tensor, got NoneType"),
+    ):
+        attention(q, k, None)
+
+
 @pytest.mark.parametrize("option", ["causal", "deterministic", "allow_tf32", "softmax_scale"])
 def test_wrong_options_are_refused_again(option, qkv):
     """Validation is remembered, and True == 1 == 1.0."""
@@ -200,6 +209,15 @@ def test_what_is_not_built_says_so(option, value, sentence, qkv):
     with pytest.raises(NotImplementedError, match=sentence) as caught:
         flash_attn_func(*qkv, **{option: value})
     assert option in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [(-0.1, ValueError, "-0.1"), (1.0, ValueError, "1.0"), ("0", TypeError, "str")],
+)
+def test_dropout_must_be_a_probability(value, error, words, qkv):
+    with pytest.raises(error, match=f"dropout_p must .*{words}"):
+        flash_attn_func(*qkv, dropout_p=value)
 
 
 def test_head_dimension_too_large_for_the_kernels(device):

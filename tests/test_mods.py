@@ -205,6 +205,7 @@ BAD = {
     "window negative": ({"window_size": (-2, 0)}, ValueError, ["window_size", "-2"]),
     "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap", "-1.0"]),
     "softcap infinite": ({"softcap": float("inf")}, ValueError, ["softcap", "inf"]),
+    "softcap subnormal": ({"softcap": 1e-40}, ValueError, ["softcap", "1e-40", "2^-126"]),
     "softcap a word": ({"softcap": "2"}, TypeError, ["softcap", "str"]),
     "slopes a list": ({"alibi_slopes": [1.0]}, TypeError, ["alibi_slopes", "list"]),
     "slopes of half": (
@@ -312,6 +313,27 @@ def test_gradients_that_nobody_wrote_are_refused(device):
     attention(q, q, q, score_mod=constant, aux=(bias, 7), implementation="reference").sum()
     with pytest.raises(NotImplementedError, match=r"relative.* has no gradient for aux0"):
         attention(q, q, q, score_mod=constant, aux=(bias.requires_grad_(), 7))
+
+
+def test_slopes_have_no_gradient(device):
+    q = torch.randn(1, 5, 2, 16, device=device)
+    with pytest.raises(NotImplementedError, match="alibi_slopes cannot have a gradient: detach"):
+        attention(q, q, q, alibi_slopes=torch.ones(2, device=device, requires_grad=True))
+
+
+def test_numbers_that_are_equal_are_told_apart():
+    """2 == 2.0 and 0.0 == -0.0, but a modification gets what was given, remembered or not."""
+    got = []
+
+    def record(score, b, h, q_idx, kv_idx, aux):
+        got.append(repr(aux[0]))
+        return score
+
+    mod = mods.score_mod(relative, reference=record)
+    q = torch.zeros(1, 1, 1, 16)
+    for number in (2, 2.0, 2, 0.0, -0.0):
+        attention(q, q, q, score_mod=mod, aux=(number,), implementation="reference")
+    assert got == ["2", "2.0", "2", "0.0", "-0.0"]
 
 
 def test_window_of():

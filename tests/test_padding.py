@@ -110,8 +110,12 @@ def test_bad_input(device):
         index_first_axis(hidden[0, 0], indices)
     with pytest.raises(ValueError, match="indices must have 1 dimension"):
         index_first_axis(hidden, indices[None])
-    with pytest.raises(ValueError, match="one row for each of 2 indices"):
+    with pytest.raises(ValueError, match="hidden_states must have one row for each of 2 indices"):
         pad_input(hidden[0], indices, 2, 4)
+    with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor, got list"):
+        unpad_input(hidden, [[1, 1, 1, 0]] * 2)
+    with pytest.raises(TypeError, match=r"indices must be a torch\.Tensor, got list"):
+        index_first_axis(hidden, [0, 1])
 
 
 def test_names_of_flash_attn(device):

@@ -414,6 +414,23 @@ def test_every_stream_has_a_counter_of_its_own(monkeypatch):
     forward._counter_of_stream.cache_clear()
 
 
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_launches_are_called(hook, monkeypatch):
+    """Whoever sets one, such as a profiler, gets Triton's own launch, which calls it."""
+    from triton import knobs
+
+    from triflash.kernels.common.launch import Launch
+
+    launch = Launch(None, 1, (), (), None)
+    ran = []
+    launch._run = lambda *arguments: ran.append(arguments)
+    launch._launcher = object()  # any use of it fails
+    monkeypatch.setattr(getattr(knobs.runtime, hook), "calls", [print])
+    tensor = torch.zeros(1)
+    launch(tensor)
+    assert ran == [(tensor,)]
+
+
 @pytest.mark.gpu
 def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
     """Nothing that outlives the call may be allocated in the graph's pool."""

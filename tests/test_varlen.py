@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -394,6 +395,27 @@ def test_compile(implementation, dynamic, device):
             )
         assert_bitwise_equal(*results)
     assert backend.frame_count <= (2 if dynamic else 1)
+
+
+class Seen(torch.Tensor):
+    """Sees which functions are called with it."""
+
+    functions: ClassVar[list[object]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.functions.append(function)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_subclasses_see_the_operator(device):
+    """Also one that says where the sequences are: only plain tensors may do without it."""
+    q = torch.randn(8, 2, 16, device=device)
+    cu_seqlens = int32((0, 5, 8), device)
+    expected = flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 5, 5)
+    got = flash_attn_varlen_func(q, q, q, cu_seqlens.as_subclass(Seen), cu_seqlens, 5, 5)
+    assert torch.ops.triflash.packed_attention_forward.default in Seen.functions
+    assert_bitwise_equal({"out": expected}, {"out": got.as_subclass(torch.Tensor)})
 
 
 def test_autocast_and_second_derivatives(device):

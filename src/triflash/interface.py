@@ -1,5 +1,6 @@
-"""The public functions. Each call is validated here, becomes one operator, and lands in a kernel:
-interface -> ops -> the registry's row."""
+"""The public functions of padded tensors. Each call is validated here, becomes one operator, or its
+body where nobody would see the operator, and lands in a kernel: interface -> ops -> the registry's
+row. `packed` has those of packed tensors."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def attention(
             side whatever is given here.
         softcap: cap > 0 makes scores cap * tanh(score / cap); 0 leaves them.
         alibi_slopes: float32 `(nheads,)` or `(batch, nheads)`; adds -slope * |p - j| to the score
-            of query i and key j, behind softcap. No gradient flows to it.
+            of query i and key j, behind softcap. It has no gradient: detach a parameter.
         score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
         mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
         aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.
@@ -106,8 +107,8 @@ def flash_attn_func(
             with dropout.
 
     Raises:
-        NotImplementedError: dropout_p has another value than its default; else as in `attention`.
-        TypeError, ValueError: as in `attention`.
+        NotImplementedError: dropout_p is a probability but 0; else as in `attention`.
+        TypeError, ValueError: dropout_p is no probability below 1; else as in `attention`.
     """
     refuse_dropout(dropout_p)
     features, extras = mods.features_of(window_size, softcap, alibi_slopes)
@@ -118,7 +119,11 @@ def flash_attn_func(
 
 
 def refuse_dropout(dropout_p: float) -> None:
-    """Raise NotImplementedError if dropout_p is not 0."""
+    """Raise NotImplementedError if dropout_p is a probability but 0, ValueError if it is none."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if dropout_p != 0.0:
         raise NotImplementedError(f"triflash does not support dropout (dropout_p={dropout_p}) yet.")
 

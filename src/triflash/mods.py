@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from triflash.spec import PLAIN, Features, Mod, window_of
+from triflash.spec import PLAIN, SMALLEST_FLOAT32, Features, Mod, window_of
 
 Tensor = torch.Tensor
 
@@ -134,6 +134,8 @@ def features_of(
         raise TypeError(f"softcap must be a number, got {type(softcap).__name__}")
     if not 0.0 <= softcap < 3.0e38:
         raise ValueError(f"softcap must be at least 0 (0 is none) and finite, got {softcap}")
+    if 0.0 < softcap < SMALLEST_FLOAT32:  # its inverse overflows, and 0 times that is NaN
+        raise ValueError(f"softcap must be 0 (none) or at least 2^-126, got {softcap}")
     if softcap:
         scores.append(Mod("softcap", (float(softcap),)))
     if alibi_slopes is not None:
@@ -175,15 +177,17 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     """
     wanted = tuple(name for name, t in zip(features.names, extras, strict=True) if t.requires_grad)
     for mod in features.score_mods:
-        built_in = mod.key in _BUILT_IN  # not loaded: Dynamo traces this
-        if not built_in and get(mod.key).derivative is None:
+        names = ", ".join(a for a in mod.aux if a in wanted)
+        if mod.key in _BUILT_IN:  # not loaded: Dynamo traces this
+            if names:
+                raise NotImplementedError(f"{names} cannot have a gradient: detach it")
+            continue
+        if get(mod.key).derivative is None:
             raise NotImplementedError(
                 f"score_mod {mod.key} has no derivative: give it to "
                 "triflash.mods.score_mod, or call under torch.no_grad()"
             )
-        constant = built_in or get(mod.key).gradient is None
-        if constant and any(a in wanted for a in mod.aux):
-            names = ", ".join(a for a in mod.aux if a in wanted)
+        if names and get(mod.key).gradient is None:
             raise NotImplementedError(
                 f"score_mod {mod.key} has no gradient for {names}: give one to "
                 "triflash.mods.score_mod, or detach it"

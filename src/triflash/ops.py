@@ -1,7 +1,8 @@
 """torch.library operators: what torch.compile, export, autocast and the dispatcher see.
 
 An operator takes plain numbers, so that it can stand in a graph; it rebuilds the spec from its
-tensors and calls the registry's row. Autograd is `interface._Attention`, above these operators.
+tensors and calls the registry's row. Autograd is above these operators, in `interface._Attention`
+and `packed._PackedAttention`. Eager calls may run an operator's body without it, see `is_eager`.
 """
 
 from __future__ import annotations
@@ -314,12 +315,16 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, as it casts those of other attention operators."""
-    device_type = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+    """The tensors in autocast's dtype, as it casts those of other attention operators.
+
+    What is no tensor, of which nothing is known before validation, stays for that to name.
+    """
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+
+    def casts(t: object) -> bool:
+        return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+
+    return tuple(t.to(dtype) if casts(t) else t for t in tensors)
 
 
 def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor, list[Tensor]]]:

@@ -238,7 +238,8 @@ def _results(
     extras: tuple[Tensor, ...],
     return_attn_probs: bool,
 ) -> _Results:
-    eager = ops.is_eager(*tensors, *extras)
+    where_given = [t for t in sequences[:4] if t is not None]
+    eager = ops.is_eager(*tensors, *extras, *where_given)
     if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):
         tensors = ops.cast_for_autocast(*tensors)
         eager = False  # the operator's own rule turns autocast off inside

@@ -22,6 +22,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
         `(total, ...)`: input[indices]. Where an index comes twice, its gradients add up.
 
     Raises:
+        TypeError: input or indices is no tensor.
         ValueError: input has fewer than two dimensions, or indices not one.
     """
     _check_rows("input", input, indices)
@@ -32,15 +33,10 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     """The inverse of `index_first_axis`: values at `indices` of zeros `(first_axis_dim, ...)`.
 
     Raises:
+        TypeError: values or indices is no tensor.
         ValueError: values has fewer than two dimensions or other than one row an index.
     """
-    _check_rows("values", values, indices)
-    if values.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"values must have one row for each of {indices.shape[0]} indices, "
-            f"got shape {tuple(values.shape)}"
-        )
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices, values)
+    return _put_rows("values", values, indices, first_axis_dim)
 
 
 def unpad_input(
@@ -62,11 +58,14 @@ def unpad_input(
         seqused: `(batch,)`, int32, the rows of attention_mask alone in each sequence.
 
     Raises:
+        TypeError: hidden_states or a mask is no tensor.
         ValueError: a mask is not `(batch, seqlen)` of hidden_states.
     """
+    _check_tensors(hidden_states=hidden_states)
     masks = {"attention_mask": attention_mask}
     if unused_mask is not None:
         masks["unused_mask"] = unused_mask
+    _check_tensors(**masks)
     for name, mask in masks.items():
         if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
             raise ValueError(
@@ -94,13 +93,31 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         `(batch, seqlen, ...)`.
 
     Raises:
-        ValueError: as `index_put_first_axis`.
+        TypeError, ValueError: as `index_put_first_axis`.
     """
-    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    padded = _put_rows("hidden_states", hidden_states, indices, batch * seqlen)
     return padded.unflatten(0, (batch, seqlen))
 
 
+def _put_rows(name: str, rows: Tensor, indices: Tensor, n: int) -> Tensor:
+    """`(n, ...)`, the rows at `indices` and zeros elsewhere; errors call the rows `name`."""
+    _check_rows(name, rows, indices)
+    if rows.shape[0] != indices.shape[0]:
+        raise ValueError(
+            f"{name} must have one row for each of {indices.shape[0]} indices, "
+            f"got shape {tuple(rows.shape)}"
+        )
+    return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, indices, rows)
+
+
+def _check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def _check_rows(name: str, tensor: Tensor, indices: Tensor) -> None:
+    _check_tensors(**{name: tensor, "indices": indices})
     if tensor.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}")
     if indices.dim() != 1:

@@ -11,7 +11,7 @@ import torch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
-_SMALLEST_FLOAT32 = 2.0**-126  # that is not subnormal
+SMALLEST_FLOAT32 = 2.0**-126  # that is not subnormal
 
 
 # What a call can ask for beside plain attention, in words for messages.
@@ -25,15 +25,26 @@ FEATURES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mod:
     """A score or mask modification: the key under which `mods` knows it, and its aux.
 
-    In aux a string names a tensor of the call's extras; numbers are themselves.
+    In aux a string names a tensor of the call's extras; numbers are themselves. Equal by text:
+    kernels are not the same for 1 and 1.0, nor results for 0.0 and -0.0, which tuples take for one.
     """
 
     key: str
     aux: tuple[str | int | float, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mod) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @property
+    def text(self) -> str:
+        return ",".join([self.key, *map(str, self.aux)])
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,9 @@ class Features:
             right = "" if self.window_right is None else self.window_right
             parts.append(f"window={left},{right}")
         for mod in self.score_mods:
-            parts.append("score=" + ",".join([mod.key, *[str(a) for a in mod.aux]]))
+            parts.append("score=" + mod.text)
         if self.mask_mod is not None:
-            parts.append(
-                "mask=" + ",".join([self.mask_mod.key, *[str(a) for a in self.mask_mod.aux]])
-            )
+            parts.append("mask=" + self.mask_mod.text)
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         return ";".join(parts)
@@ -322,7 +331,7 @@ def _validate(
         )
     elif not -3.0e38 < softmax_scale < 3.0e38:
         raise ValueError(f"softmax_scale must be finite in float32, got {softmax_scale}")
-    elif abs(softmax_scale) < _SMALLEST_FLOAT32 and q_dtype != torch.float64:
+    elif abs(softmax_scale) < SMALLEST_FLOAT32 and q_dtype != torch.float64:
         softmax_scale = 0.0  # as a GPU flushes it; kernels treat 0 by itself
     for name, flag in (
         ("causal", causal),

@@ -223,8 +223,9 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     """Whether "auto" takes v3 where it can run: where it was measured, and is faster than v2.
 
     From 512 on, at head dimensions 64, 128 and 256, its forward is 1.13 to 1.63 times as fast as
-    v2's, its backward 1.11 to 3 times. Less work than was measured goes to v2: few queries or few
-    heads would leave multiprocessors without a tile.
+    v2's, its backward 1.11 to 3 times. Other head dimensions are taken to be like them. Less work
+    than was measured goes to v2: few queries or few heads would leave multiprocessors without a
+    tile.
     """
     return min(spec.seqlen_q, spec.seqlen_k) >= 512 and _flops(spec) > 3e10
 
@@ -447,7 +448,7 @@ _INTERPRETER = TileConfig(32, 32, 4, 1)
 
 
 def _flops(spec: AttentionSpec) -> float:
-    """Of the forward; of packed sequences as if all had the same length, which is the least."""
+    """Of the forward; of packed sequences as if all had the same length."""
     scores = spec.batch * spec.seqlen_q * spec.seqlen_k
     if spec.varlen is not None:
         scores = spec.varlen.total_q * spec.varlen.total_k // max(1, spec.batch)

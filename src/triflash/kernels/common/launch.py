@@ -49,7 +49,8 @@ class Launch:
 
     def __call__(self, *tensors: Any) -> None:
         """Run on the current device and stream."""
-        if self._launcher is not None and not knobs.runtime.launch_enter_hook.calls:
+        hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+        if self._launcher is not None and not hooks:  # which the launcher would not call
             addresses = tuple([tensor.data_ptr() for tensor in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
