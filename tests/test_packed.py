@@ -193,6 +193,10 @@ BAD = {
         lambda: flash_attn_kvpacked_func(torch.randn(2, 8, 2, 16), torch.randn(2, 8, 3, 2, 16)),
         r"kv must have shape \(batch, seqlen_k, 2, nheads_k, headdim\), got \(2, 8, 3, 2, 16\)",
     ),
+    "qkv's stride": (
+        lambda: flash_attn_qkvpacked_func(torch.randn(2, 8, 3, 2, 32)[..., ::2]),
+        r"qkv must have a contiguous last dimension .* got stride 2; call qkv.contiguous\(\)",
+    ),
     "packed qkv": (
         lambda: flash_attn_varlen_qkvpacked_func(
             torch.randn(1, 8, 3, 2, 16), torch.tensor([0, 8], dtype=torch.int32), 8

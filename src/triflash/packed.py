@@ -223,11 +223,19 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def _check_shape(name: str, tensor: Tensor, sizes: tuple[str, ...]) -> None:
-    """`sizes` names the dimensions, but for the one of q, k and v, which is a number."""
+    """What can be wrong with a tensor of several alone, by its own name; the rest is make_spec's.
+
+    `sizes` names the dimensions, but for the one of q, k and v, which is a number.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(sizes) or tensor.shape[-3] != int(sizes[-3]):
         raise ValueError(f"{name} must have shape ({', '.join(sizes)}), got {tuple(tensor.shape)}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must have a contiguous last dimension (stride 1), got stride "
+            f"{tensor.stride(-1)}; call {name}.contiguous() first"
+        )
 
 
 def _results(
