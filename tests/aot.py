@@ -135,7 +135,7 @@ def record_call(
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
         used = torch.empty(batch, dtype=torch.int32, device="meta") if seqused else None
-        sequences = Sequences(cu_seqlens, cu_seqlens, used, used)
+        sequences = Sequences(cu_seqlens, cu_seqlens, used, used, cu_seqlens)
         spec = make_varlen_spec(q, k, v, sequences, seqlen, seqlen_k, *options)
         keywords = {"sequences": sequences}
     else:

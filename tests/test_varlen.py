@@ -293,7 +293,7 @@ def test_what_is_given_chooses_the_kernel(monkeypatch, device):
 
 @every_row
 def test_the_order_of_sequences_does_not_matter(implementation, device):
-    """Each gives the bits that it gives anywhere."""
+    """Kernels take the longest first; each sequence gives the bits it gives anywhere."""
     lengths = tuple(n * BIG for n in (3, 40, 0, 70, 33))
     call = Packed(lengths, lengths, dtype=LOW_PRECISION, causal=True)
     inputs = inputs_of(call, device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from triflash import registry
-from triflash.sequences import check_sequences
+from triflash.sequences import check_sequences, longest_first
 from triflash.spec import (
     NOT_PACKED,
     AttentionSpec,
@@ -172,12 +172,14 @@ def run_packed_forward(
     if spec.varlen is not None:
         check_sequences(spec, sequences)
     with _on_device_of(q):
-        return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
+        return row.load_forward()(q, k, v, spec, *_given(extras), **_where(row, sequences))
 
 
-def _where(sequences: Sequences) -> dict[str, Sequences]:
+def _where(row: registry.Implementation, sequences: Sequences) -> dict[str, Sequences]:
     """The keyword of a row's functions that says where packed sequences are."""
-    return {} if sequences is NOT_PACKED else {"sequences": sequences}
+    if sequences is NOT_PACKED:
+        return {}
+    return {"sequences": longest_first(sequences) if row.needs_kernels else sequences}
 
 
 def _packed_backward(
@@ -200,7 +202,7 @@ def _packed_backward(
     gradients = [t.new_empty(t.shape) for t in tensors]
     parts = split(gradients)
     with _on_device_of(q):
-        where = _where(sequences)
+        where = _where(row, sequences)
         if row.writes_gradients:
             _, _, _, *dextras = row.load_backward(spec)(*arguments, **where, grads=parts)
         else:

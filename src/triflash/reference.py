@@ -163,7 +163,7 @@ def _one_by_one(
     spec: AttentionSpec, sequences: Sequences
 ) -> Iterator[tuple[AttentionSpec, slice, slice]]:
     """For each packed sequence its spec by itself, and the rows of q and of k that take part."""
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = sequences
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = sequences
     all_queries, all_keys = _rows(cu_seqlens_q, seqused_q), _rows(cu_seqlens_k, seqused_k)
     for queries, keys in zip(all_queries, all_keys, strict=True):
         seqlen_q, seqlen_k = queries.stop - queries.start, keys.stop - keys.start

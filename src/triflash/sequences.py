@@ -1,8 +1,9 @@
-"""What only the values of cu_seqlens and seqused tell: their order, their ends, their range."""
+"""What only the values of cu_seqlens and seqused tell: whether they are right, and what is long."""
 
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,7 @@ def check_sequences(spec: AttentionSpec, sequences: Sequences) -> None:
         ValueError: cu_seqlens does not begin with 0, decreases, does not end with the total, or has
             a sequence longer than max_seqlen; or seqused is not in [0, length].
     """
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = sequences
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _ = sequences
     total_q, total_k = spec.totals
     for side, cu_seqlens, seqused, total, longest in (
         ("q", cu_seqlens_q, seqused_q, total_q, spec.seqlen_q),
@@ -45,6 +46,40 @@ def check_sequences(spec: AttentionSpec, sequences: Sequences) -> None:
             if not _passed(seqused, used):
                 _check_seqused(side, seqused, cu_seqlens)
                 _remember(seqused, used)
+
+
+def longest_first(sequences: Sequences) -> Sequences:
+    """With their order by how much work they are, so that no long one is left over at the end.
+
+    Found once for each pair of cu_seqlens. Not while a CUDA graph is captured: what was found
+    before may be freed before the graph is, so the graph finds it by itself.
+    """
+    cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    assert cu_seqlens_q is not None  # for the type checker, as above
+    assert cu_seqlens_k is not None
+    if cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return sequences._replace(order=_by_work(cu_seqlens_q, cu_seqlens_k))
+    key = (id(cu_seqlens_q), id(cu_seqlens_k))
+    versions = (_version(cu_seqlens_q), _version(cu_seqlens_k))
+    of_q, of_k, known, order = _orders.get(key, (None, None, None, None))
+    if known != versions or of_q() is not cu_seqlens_q or of_k() is not cu_seqlens_k:
+        order = _by_work(cu_seqlens_q, cu_seqlens_k)
+        forget = partial(_forget, key)
+        references = weakref.ref(cu_seqlens_q, forget), weakref.ref(cu_seqlens_k, forget)
+        _orders[key] = *references, versions, order
+    return sequences._replace(order=order)
+
+
+def _by_work(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    work = cu_seqlens_q.diff().float() * cu_seqlens_k.diff()
+    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
+
+
+_orders: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+
+def _forget(key: tuple[int, int], _: object) -> None:
+    _orders.pop(key, None)
 
 
 def _version(tensor: Tensor) -> int:

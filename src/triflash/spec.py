@@ -144,13 +144,15 @@ class Sequences(NamedTuple):
     """The int32 tensors of a packed call; None in others, and where every row takes part.
 
     cu_seqlens_q and cu_seqlens_k `(batch + 1,)`: sequence b is rows [cu_seqlens[b],
-    cu_seqlens[b + 1]). seqused_q and seqused_k `(batch,)`: how many of them take part.
+    cu_seqlens[b + 1]). seqused_q and seqused_k `(batch,)`: how many of them take part. order
+    `(batch,)`: the sequences in the order in which kernels take them, None for as they come.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     seqused_q: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     @property
     def given(self) -> tuple[bool, ...]:
@@ -445,7 +447,7 @@ def make_varlen_spec(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v), *sequences._asdict().items()):
         if not isinstance(tensor, torch.Tensor) and not (
-            tensor is None and name.startswith("seqused")
+            tensor is None and name in ("seqused_q", "seqused_k", "order")
         ):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -459,7 +461,7 @@ def make_varlen_spec(
         validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
     spec = validate(
         _metadata(q), _metadata(k), _metadata(v),
-        *(None if t is None else _metadata(t) for t in sequences),
+        *(None if t is None else _metadata(t) for t in sequences[:4]),
         max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, allow_tf32,
         aligned_bases, features,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 # int32 tensors, which kernels take under these names, and None for tensors that are not packed.
-PACKED = ("CuSeqlensQ", "CuSeqlensK", "SeqUsedQ", "SeqUsedK")
+PACKED = ("CuSeqlensQ", "CuSeqlensK", "SeqUsedQ", "SeqUsedK", "Order")
 
 
 @triton.jit

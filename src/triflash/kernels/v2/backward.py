@@ -70,10 +70,10 @@ def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, stride_ob, stride
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK,
-                SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
-                stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs,
-                stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
-                nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+                SeqUsedQ, SeqUsedK, Order, softmax_scale, stride_qb, stride_qs, stride_qh,
+                stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
+                stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs,
+                stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
                 window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                 CAUSAL: tl.constexpr, GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr,
@@ -90,6 +90,8 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlens
     batch = pid // tiles_n // nheads_k
     head_k = pid // tiles_n % nheads_k
     entry_q, entry_k, rows_k = batch, batch, seqlen_k
+    if Order is not None:
+        batch = tl.load(Order + batch)
     if CuSeqlensQ is not None:
         entry_q, _, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
         entry_k, rows_k, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)
@@ -180,7 +182,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlens
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
-              SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
+              SeqUsedK, Order, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
               stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs, stride_gh,
               stride_dqb, stride_dqs, stride_dqh, nheads, group_size, seqlen_q, seqlen_k, total_q,
               total_k, window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
@@ -198,6 +200,8 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuS
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
     entry_q, entry_k, rows_q = batch, batch, seqlen_q
+    if Order is not None:
+        batch = tl.load(Order + batch)
     if CuSeqlensQ is not None:
         entry_q, rows_q, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
         entry_k, _, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)

@@ -41,9 +41,9 @@ from triflash.target import Target, target_of
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
-                   SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
-                   stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
-                   nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+                   SeqUsedK, Order, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
+                   stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os,
+                   stride_oh, nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
                    window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
@@ -64,6 +64,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK
     head_k = head // group_size
     start_m = tile_m * BLOCK_M
     entry_q, entry_k, rows_q = batch, batch, seqlen_q
+    if Order is not None:
+        batch = tl.load(Order + batch)
     if CuSeqlensQ is not None:
         entry_q, rows_q, seqlen_q = sequence(CuSeqlensQ, SeqUsedQ, batch, total_q)
         entry_k, _, seqlen_k = sequence(CuSeqlensK, SeqUsedK, batch, total_k)
