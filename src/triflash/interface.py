@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from triflash import mods, ops, registry
-from triflash.spec import PLAIN, Features, make_spec
+from triflash.spec import PLAIN, AttentionSpec, Features, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -148,18 +148,11 @@ def _attention(
     spec = make_spec(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases, features, extras
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
-    if needs_grad and features is not PLAIN:
-        features = replace(features, with_grad=mods.differentiable(features, extras))
-        spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
-    if not torch.compiler.is_compiling():
-        row = registry.resolve(implementation, spec, target_of(q.device))
-        if needs_grad:
-            registry.check_backward(row)
-    elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
-        v = v.view_as(v) if v is q or v is k else v
-        k = k.view_as(k) if k is q else k
+    needs_grad, features, spec, row = resolved(implementation, spec, features, (q, k, v), extras)
+    if row is None and needs_grad:
+        q, k, v = apart((q, k, v))
     if eager and not needs_grad and not transformed():
+        assert row is not None  # for the type checker: nothing eager is being compiled
         out, lse, _ = ops.run_forward(q, k, v, spec, row, extras)
         return out, lse
     options = (
@@ -169,6 +162,37 @@ def _attention(
         return _Attention.apply(q, k, v, (spec, row) if eager else None, *options, *extras)
     out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options, extras)
     return out, lse
+
+
+def resolved(
+    implementation: str,
+    spec: AttentionSpec,
+    features: Features,
+    tensors: _Tensors,
+    extras: _Tensors,
+) -> tuple[bool, Features, AttentionSpec, registry.Implementation | None]:
+    """Whether gradients are wanted, features and spec that say of which extras, and the row.
+
+    There is no row while compiling: the operator will look for it.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *extras))
+    if needs_grad and features is not PLAIN:
+        features = replace(features, with_grad=mods.differentiable(features, extras))
+        spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
+    row = None
+    if not torch.compiler.is_compiling():
+        row = registry.resolve(implementation, spec, target_of(tensors[0].device))
+        if needs_grad:
+            registry.check_backward(row)
+    return needs_grad, features, spec, row
+
+
+def apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Views of those that came before: Dynamo traces no autograd.Function of one tensor twice."""
+    return tuple(
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    )
 
 
 def transformed() -> bool:

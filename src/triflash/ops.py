@@ -79,10 +79,13 @@ def run_forward(
     spec: AttentionSpec,
     row: registry.Implementation,
     extras: Sequence[Tensor] | None = None,
+    sequences: Sequences = NOT_PACKED,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The body of attention_forward, which may be called without it if `is_eager`."""
+    """The body of both forward operators, which may be called without them if `is_eager`."""
+    if spec.varlen is not None:
+        check_sequences(spec, sequences)
     with _on_device_of(q):
-        return row.load_forward()(q, k, v, spec, *_given(extras))
+        return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -119,16 +122,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     spec = _spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, features, extras)
     row = registry.resolve(implementation, spec, target_of(q.device))
-    # Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0.
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
-    if dlse is not None:
-        dlse = dlse.contiguous()
+    dout, dlse = _readable(dout, dlse)
     with _on_device_of(q):
         dq, dk, dv, *dextras = row.load_backward()(
             dout, dlse, q, k, v, out, lse, saved, spec, *_given(extras)
         )
     return dq, dk, dv, dextras
+
+
+def _readable(dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients arrive as autograd made them: out.sum() expands a scalar, all strides 0."""
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    return dout, None if dlse is None else dlse.contiguous()
 
 
 def aligned_bases(*tensors: Tensor) -> bool:
@@ -157,23 +163,7 @@ def _packed_forward(tensors: list[Tensor], *options: Any) -> tuple[Tensor, Tenso
     q, k, v = split(tensors)
     spec, sequences, extras = _packed_spec(q, k, v, *options)
     row = registry.resolve(options[_IMPLEMENTATION], spec, target_of(q.device))
-    return run_packed_forward(q, k, v, spec, row, sequences, extras)
-
-
-def run_packed_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    row: registry.Implementation,
-    sequences: Sequences,
-    extras: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The body of packed_attention_forward, which may be called without it if `is_eager`."""
-    if spec.varlen is not None:
-        check_sequences(spec, sequences)
-    with _on_device_of(q):
-        return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
+    return run_forward(q, k, v, spec, row, extras, sequences)
 
 
 def _where(sequences: Sequences) -> dict[str, Sequences]:
@@ -193,10 +183,7 @@ def _packed_backward(
     q, k, v = split(tensors)
     spec, sequences, extras = _packed_spec(q, k, v, *options)
     row = registry.resolve(options[_IMPLEMENTATION], spec, target_of(q.device))
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
-    if dlse is not None:
-        dlse = dlse.contiguous()
+    dout, dlse = _readable(dout, dlse)
     arguments = (dout, dlse, q, k, v, out, lse, saved, spec, *_given(extras))
     gradients = [t.new_empty(t.shape) for t in tensors]
     parts = split(gradients)
@@ -270,14 +257,19 @@ for _key in ("CPU", "CUDA"):
     _library.impl("packed_attention_backward", _packed_backward, _key)
 
 
-@torch.library.register_fake("triflash::attention_forward", lib=_library)
-def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, *_):  # type: ignore[no-untyped-def]
-    batch, seqlen_q, nheads, _ = q.shape
+def _fake_forward(q: Tensor, v: Tensor, implementation: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Empty results of padded or packed tensors."""
+    *rows, nheads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(batch, seqlen_q, nheads, v.shape[-1])
-    lse = q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
+    out = q.new_empty(*rows, nheads, v.shape[-1])
+    lse = q.new_empty(*rows[:-1], nheads, rows[-1], dtype=lse_dtype)
     saves = () if implementation == "auto" else registry.get(implementation).saves
     return out, lse, [torch.empty_like(lse) for _ in saves]
+
+
+@torch.library.register_fake("triflash::attention_forward", lib=_library)
+def _(q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, *_):  # type: ignore[no-untyped-def]
+    return _fake_forward(q, v, implementation)
 
 
 @torch.library.register_fake("triflash::attention_backward", lib=_library)
@@ -293,13 +285,7 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("triflash::packed_attention_forward", lib=_library)
 def _(tensors, *options):  # type: ignore[no-untyped-def]
     q, _, v = split(tensors)
-    *rows, nheads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(*rows, nheads, v.shape[-1])
-    lse = q.new_empty(*rows[:-1], nheads, rows[-1], dtype=lse_dtype)
-    implementation = options[_IMPLEMENTATION]
-    saves = () if implementation == "auto" else registry.get(implementation).saves
-    return out, lse, [torch.empty_like(lse) for _ in saves]
+    return _fake_forward(q, v, options[_IMPLEMENTATION])
 
 
 @torch.library.register_fake("triflash::packed_attention_backward", lib=_library)

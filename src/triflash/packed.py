@@ -5,15 +5,19 @@ Their gradients come packed as they did, written in place: nothing is stacked.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from triflash import mods, ops, registry
-from triflash.interface import no_second_derivative, refuse_dropout, transformed
-from triflash.spec import NOT_PACKED, PLAIN, Features, Sequences, make_spec, make_varlen_spec
-from triflash.target import target_of
+from triflash import mods, ops
+from triflash.interface import (
+    apart,
+    no_second_derivative,
+    refuse_dropout,
+    resolved,
+    transformed,
+)
+from triflash.spec import NOT_PACKED, Features, Sequences, make_spec, make_varlen_spec
 
 Tensor = torch.Tensor
 _Results = Tensor | tuple[Tensor, Tensor, None]
@@ -262,36 +266,22 @@ def _results(
         where = Sequences(*indices)
         rest = (max_seqlen_q, max_seqlen_k, *rest)
         spec = make_varlen_spec(q, k, v, where, *rest)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *extras))
-    if needs_grad and features is not PLAIN:
-        features = replace(features, with_grad=mods.differentiable(features, extras))
-        spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
-    if not torch.compiler.is_compiling():
-        row = registry.resolve(implementation, spec, target_of(tensors[0].device))
-        if needs_grad:
-            registry.check_backward(row)
-    elif needs_grad:  # Dynamo does not trace an autograd.Function that takes one tensor twice
-        tensors = _apart(tensors)
-        sequences = (*_apart(sequences[:4]), *sequences[4:])
+    needs_grad, features, spec, row = resolved(implementation, spec, features, tensors, extras)
+    if row is None and needs_grad:
+        tensors = apart(tensors)
+        sequences = (*apart(sequences[:4]), *sequences[4:])
     options = (spec.softmax_scale, *options[1:], features.text)
     if needs_grad or transformed():
         body = (spec, row, where) if eager else None
         arguments = (*tensors, *sequences, *options, *extras)
         out, lse = _PackedAttention.apply(body, len(tensors), *arguments)
     elif eager:
-        out, lse, _ = ops.run_packed_forward(q, k, v, spec, row, where, extras)
+        assert row is not None  # for the type checker: nothing eager is being compiled
+        out, lse, _ = ops.run_forward(q, k, v, spec, row, extras, where)
     else:
         operator = torch.ops.triflash.packed_attention_forward.default
         out, lse, _ = operator(tensors, *sequences, *options, extras)
     return (out, lse, None) if return_attn_probs else out
-
-
-def _apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Views of those that came before."""
-    return tuple(
-        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
-        for i, t in enumerate(tensors)
-    )
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -304,7 +294,9 @@ class _PackedAttention(torch.autograd.Function):
         packed, rest = arguments[: n + 4], arguments[n + 4 :]  # tensors, and where sequences are
         ctx.n, ctx.options, extras = n, rest[:_OPTIONS], rest[_OPTIONS:]
         if body is not None:
-            out, lse, saved = ops.run_packed_forward(*ops.split(packed[:n]), *body, extras)
+            spec, row, where = body
+            q, k, v = ops.split(packed[:n])
+            out, lse, saved = ops.run_forward(q, k, v, spec, row, extras, where)
         else:
             operator = torch.ops.triflash.packed_attention_forward.default
             out, lse, saved = operator(packed[:n], *packed[n:], *ctx.options, extras)
