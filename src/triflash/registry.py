@@ -143,6 +143,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-3 for Hopper in Gluon",
         forward="triflash.kernels.v3.forward:forward",
         backward="triflash.kernels.v3.backward:backward",
+        features=frozenset({"varlen"}),
         dtypes=(torch.float16, torch.bfloat16),
         deterministic=False,  # dq is added up in any order
         obeys_deterministic=True,
@@ -151,6 +152,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         headdim_multiple=8,  # rows of 16 bytes, for TMA
         needs_tma=True,
         pays="triflash.tuning:v3_pays",
+        writes_gradients=True,
     ),
     Implementation(
         name="v2",

@@ -270,7 +270,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         stages_q,
         consumers,
-        dynamic=spec.causal,
+        dynamic=spec.causal or spec.varlen is not None,
         section=section,
         widths=widths,
         widths_v=widths_v,

@@ -51,7 +51,7 @@ class Launch:
         """Run on the current device and stream."""
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
-            addresses = tuple([tensor.data_ptr() for tensor in tensors])
+            addresses = tuple([None if x is None else x.data_ptr() for x in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())

@@ -29,7 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, strides_of, tma_can_read
+from triflash.kernels.common.launch import (
+    Launch,
+    aligned,
+    entry_strides,
+    strides_of,
+    tma_can_read,
+)
 from triflash.kernels.common.mask import visible
 from triflash.kernels.common.softmax import LOG2_E
 from triflash.kernels.v3 import backward_wide
@@ -38,6 +44,7 @@ from triflash.kernels.v3.backward_shared import (
     PART,
     PART_COLUMNS,
     PART_ROWS,
+    SIZES,
     Schedule,
     adder,
     after_kernel,
@@ -47,8 +54,9 @@ from triflash.kernels.v3.backward_shared import (
     pack,
     producer,
 )
-from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, tile, view
-from triflash.spec import AttentionSpec
+from triflash.kernels.v3.packed import list_launch, most_blocks
+from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -76,7 +84,7 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 @gluon.jit
 def start_dq(ds_smem, k_smem, slot, W: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
-    BLOCK_D: gl.constexpr = k_smem.shape[4]
+    BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     dq = gl.zeros([PART, PART], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
@@ -104,12 +112,13 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
      done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    BLOCK_D: gl.constexpr = k_smem.shape[4]
+    group_size = sizes[2]
+    BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
-    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, _batch, _head_k, start, full, blocks, places = locate(sizes, C)
+    _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     k_idx = tile_n * C.block_n + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
@@ -209,10 +218,15 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     mbarrier.arrive(done.index(0), count=1)
 
 
-@gluon.jit(do_not_specialize=["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k"])
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nheads, nheads_k,
-                    group_size, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
-    """One program a block of keys of a key head."""
+@gluon.jit(do_not_specialize=SIZES)
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_scale, nheads,
+                    nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
+                    C: gl.constexpr):  # fmt: skip
+    """One program a block of keys of a key head.
+
+    Blocks is the list of blocks of keys of packed sequences, else None, as most_k and most_q are:
+    the blocks of a head in the list, and in Stats and Sums.
+    """
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
     q_smem = buffers(Q, C.stages)
@@ -240,7 +254,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, most_k, most_q)
     gl.warp_specialize(
         [
             (consumer, (shared, softmax_scale, sizes, 0, C)),
@@ -263,27 +277,37 @@ def backward(
     lse: torch.Tensor,
     saved: list[torch.Tensor],
     spec: AttentionSpec,
+    sequences: Sequences = NOT_PACKED,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
+    """dq, dk, dv, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    Needs `spec.tma`. dout needs a contiguous last dimension, and is copied if
-    TMA cannot read it as it lies; out, lse and dlse are contiguous.
+    They are contiguous, or `grads`, which are written and lie as TMA can write. Needs `spec.tma`.
+    dout needs a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse
+    and dlse are contiguous.
     """
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = grads or (t.new_empty(t.shape) for t in (q, k, v))
     if 0 in (dq.numel(), dk.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
     if not tma_can_read(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
-        aligned(dout, out, lse), dlse is not None and aligned(dlse),
+        None if dq.is_contiguous() else dq.stride(), dk.stride(), dv.stride(),
+        aligned(dout, out, lse), dlse is not None and aligned(dlse), sequences.given,
     )  # fmt: skip
     sums = q.new_empty(plan.sums, dtype=torch.float32)
     stats = q.new_empty(plan.stats, dtype=torch.float32)
     turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
-    plan.before(out, dout, lse, lse if dlse is None else dlse, stats, sums)
-    plan.backward(q, k, v, dout, stats, sums, dk, dv, turn)
-    plan.after(sums, dq)
+    blocks = None
+    if plan.list_blocks is not None:
+        blocks = q.new_empty(plan.list_shape, dtype=torch.int32)
+        plan.list_blocks(blocks, *sequences)
+    cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
+    dlse = lse if dlse is None else dlse
+    plan.before(out, dout, lse, dlse, stats, sums, cu_seqlens_q, seqused_q)
+    plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, blocks)
+    plan.after(sums, dq, cu_seqlens_q)
     return dq, dk, dv
 
 
@@ -297,6 +321,8 @@ class Plan:
     sums: tuple[int, int]
     stats: tuple[int, int]
     turn: int
+    list_blocks: Launch | None  # of packed sequences
+    list_shape: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -308,48 +334,69 @@ def _prepare(
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
     stride_dout: tuple[int, ...],
+    stride_dq: tuple[int, ...] | None,
+    stride_dk: tuple[int, ...],
+    stride_dv: tuple[int, ...],
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
+    given: tuple[bool, ...],
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
-    tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
-    shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
-    shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
-    shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
-    shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
+    total_q, total_k = spec.totals
+    packed = total_q is not None
+    most_q = most_k = list_blocks = sequences = None
+    list_shape: tuple[int, ...] = ()
+    if total_q is None or total_k is None:
+        tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
+        programs = -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch
+        of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
+        of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
+    else:
+        most_q = most_blocks(total_q, spec.batch, block_m)
+        most_k = most_blocks(total_k, spec.batch, block_n)
+        tiles, programs = most_q * spec.nheads, most_k * spec.nheads_k
+        of_queries, of_keys = (total_q, spec.nheads), (total_k, spec.nheads_k)
+        list_blocks, list_shape = list_launch(spec, block_n, of_keys=True)
+        sequences = spec.batch
+    shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
+    stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
+    shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    describe = ragged_view if packed else view
     keys = KEYS.value
     sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
     stats = (tiles, 2 * block_m)
     views = (
-        view(shape_q, stride_q, block_m, width, spec.dtype),
-        view(shape_k, stride_k, keys, width, spec.dtype),
-        view(shape_v, stride_v, keys, width_v, spec.dtype),
-        view(shape_o, stride_dout, block_m, width_v, spec.dtype),
+        describe(shape_q, stride_q, block_m, width, spec.dtype),
+        describe(shape_k, stride_k, keys, width, spec.dtype),
+        describe(shape_v, stride_v, keys, width_v, spec.dtype),
+        describe(shape_o, stride_dout, block_m, width_v, spec.dtype),
         flat_view(*stats, 1),
         flat_view(*sums, PART_ROWS.value),
-        view(shape_k, strides_of(*shape_k[1:]), keys, width, spec.dtype),
-        view(shape_v, strides_of(*shape_v[1:]), keys, width_v, spec.dtype),
+        describe(shape_k, stride_dk, keys, width, spec.dtype),
+        describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
         tiles,
-        (*strides_of(*shape_o[1:]), *stride_dout[:3], spec.nheads, spec.seqlen_q),
+        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q,
+         total_q, sequences),
         (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
         around,
     )
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
-        -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch,
+        programs,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k),
+         spec.seqlen_k, most_k, most_q),
         (
             Schedule(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dv, config.fold,
-                config.lag, config.backwards, spec.causal, spec.seqlen_k % block_n != 0,
-                spec.group_size > 1, spec.deterministic,
+                config.lag, config.backwards, spec.causal,
+                packed or spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic,
+                packed,
             ),
         ),
         config,
@@ -358,8 +405,9 @@ def _prepare(
     after = Launch(
         after_kernel,
         tiles * (block_m // PART.value) * (width // PART.value),
-        (spec.softmax_scale, spec.nheads, spec.seqlen_q),
+        (spec.softmax_scale, *(entry_strides(stride_dq) if stride_dq else (None,) * 3),
+         spec.nheads, spec.seqlen_q, total_q, sequences),
         (spec.headdim, block_m, width),
         around,
     )
-    return Plan(before, backward, after, sums, stats, tiles)
+    return Plan(before, backward, after, sums, stats, tiles, list_blocks, list_shape)

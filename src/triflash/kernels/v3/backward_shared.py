@@ -16,7 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from triflash.kernels.common.mask import query_range
 from triflash.kernels.common.softmax import lse_to_log2
-from triflash.kernels.v3.tma import fence_async_global, load, reduce_add, wait_for_reductions
+from triflash.kernels.common.varlen import PACKED
+from triflash.kernels.v3.packed import listed, place_of_block
+from triflash.kernels.v3.tma import (
+    fence_async_global,
+    load,
+    reduce_add,
+    store,
+    wait_for_reductions,
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,10 @@ class Schedule:
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
     deterministic: bool  # programs add to a tile of dq in the order of their keys
+    packed: bool
 
 
+SIZES = ["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "most_k", "most_q"]
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
 PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
 PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
@@ -44,17 +54,30 @@ PART_COLUMNS = gl.constexpr(128)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
-def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, stride_oh, stride_gb,
-                  stride_gs, stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  HAS_DLSE: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
+            do_not_specialize_on_alignment=PACKED)  # fmt: skip
+def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, stride_ob, stride_os,
+                  stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q, total_q, sequences,
+                  HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
-    batch = (pid // tiles_m // nheads).to(tl.int64)
-    head = (pid // tiles_m % nheads).to(tl.int64)
-    start_m = pid % tiles_m * BLOCK_M
+    if CuSeqlensQ is None:
+        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+        batch = (pid // tiles_m // nheads).to(tl.int64)
+        head = (pid // tiles_m % nheads).to(tl.int64)
+        start_m = pid % tiles_m * BLOCK_M
+        row = (batch * nheads + head) * seqlen_q
+    else:
+        most = total_q // BLOCK_M + sequences  # as most_blocks has it
+        head = (pid // most).to(tl.int64)
+        start_m, batch, rows, seqlen_q = place_of_block(
+            CuSeqlensQ, SeqUsedQ, pid % most, sequences, total_q, BLOCK_M
+        )
+        batch = batch.to(tl.int64)
+        row = head * total_q + batch
+        if start_m >= rows:
+            return
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_DV)
     exist = offs_m < seqlen_q
@@ -65,7 +88,6 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
     out = tl.load(Out + rows * stride_os + offs_d[None, :], mask=inside, other=0.0)
     dout = tl.load(dOut + rows * stride_gs + offs_d[None, :], mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    row = (batch * nheads + head) * seqlen_q
     lse = tl.load(Lse + row + offs_m, mask=exist, other=float("-inf"))
     if HAS_DLSE:  # d lse / d scores = p, so dlse joins delta with the opposite sign
         delta -= tl.load(dLse + row + offs_m, mask=exist, other=0.0)
@@ -76,22 +98,43 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
     tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
-def after_kernel(Sums, dQ, softmax_scale, nheads, seqlen_q, HEADDIM: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`."""
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
+            do_not_specialize_on_alignment=PACKED)  # fmt: skip
+def after_kernel(Sums, dQ, CuSeqlensQ, softmax_scale, stride_dqb, stride_dqs, stride_dqh, nheads,
+                 seqlen_q, total_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_D: tl.constexpr):  # fmt: skip
+    """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`; no strides: contiguous."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
-    row = pid // PARTS // tiles_m
     part = pid % PARTS
-    offs_m = pid // PARTS % tiles_m * BLOCK_M + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    if stride_dqs is None:
+        stride_dqh = HEADDIM
+        stride_dqs = nheads * HEADDIM
+    if CuSeqlensQ is None:
+        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+        start_m = pid // PARTS % tiles_m * BLOCK_M
+        row = pid // PARTS // tiles_m
+        head = row % nheads
+        if stride_dqb is None:
+            dQ += (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM
+        else:
+            dQ += (row // nheads).to(tl.int64) * stride_dqb
+    else:
+        most = total_q // BLOCK_M + sequences  # as most_blocks has it
+        head = pid // PARTS // most
+        start_m, batch, seqlen_q, _ = place_of_block(
+            CuSeqlensQ, None, pid // PARTS % most, sequences, total_q, BLOCK_M
+        )
+        dQ += batch.to(tl.int64) * stride_dqs
+        if start_m >= seqlen_q:
+            return
+    offs_m = start_m + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
     offs_d = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
     packed = tl.load(Sums + pid.to(tl.int64) * 4096 + tl.arange(0, 4096))
     packed = tl.reshape(packed, [8, 4, 8, 4, 2, 2])  # as pack left it
     dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, 64]) * softmax_scale
-    dQ += (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM + row % nheads * HEADDIM
-    rows = offs_m.to(tl.int64)[:, None] * (nheads * HEADDIM)
+    dQ += head * stride_dqh
+    rows = offs_m.to(tl.int64)[:, None] * stride_dqs
     inside = (offs_m < seqlen_q)[:, None] & (offs_d < HEADDIM)[None, :]
     tl.store(dQ + rows + offs_d[None, :], dq.to(dQ.dtype.element_ty), mask=inside)
 
@@ -109,15 +152,29 @@ def pack(part):
 
 
 @gluon.jit
-def locate(seqlen_q, seqlen_k, nheads_k, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, blocks a head).
+def locate(sizes, C: gl.constexpr):
+    """What this program works on: (tile_n, batch, head_k, first query, queries that need a mask,
+    blocks a head, (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)).
 
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
-    tiles_n = gl.cdiv(seqlen_k, C.block_n)
+    _nheads, nheads_k, _group_size, seqlen_q, seqlen_k, Blocks, most_k, _most_q = sizes
     pid = gl.program_id(0)
-    tile_n = pid % tiles_n
-    row = pid // tiles_n
+    if C.packed:
+        start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = listed(
+            Blocks, pid % most_k
+        )
+        tile_n = start_n // C.block_n
+        head_k = pid // most_k
+    else:
+        tiles_n = gl.cdiv(seqlen_k, C.block_n)
+        tile_n = pid % tiles_n
+        row = pid // tiles_n
+        batch = row // nheads_k
+        head_k = row % nheads_k
+        entry_q = batch
+        entry_k = batch
+        rows_k = seqlen_k
     start, full = query_range(
         tile_n * C.block_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal
     )
@@ -125,7 +182,33 @@ def locate(seqlen_q, seqlen_k, nheads_k, C: gl.constexpr):
         if (tile_n + 1) * C.block_n > seqlen_k:
             full = seqlen_q
     blocks = gl.cdiv(seqlen_q - start, C.block_m)
-    return tile_n, row // nheads_k, row % nheads_k, start, full, blocks
+    if C.packed:
+        blocks = gl.maximum(blocks, 0)
+    places = (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)
+    return tile_n, batch, head_k, start, full, blocks, places
+
+
+@gluon.jit
+def workspace(sizes, batch, places, C: gl.constexpr):
+    """Where tiles of queries are in Stats and Sums: (first row of the entry, rows a head)."""
+    nheads = sizes[0]
+    if C.packed:
+        tiles_m = sizes[7]
+        first = places[0] // C.block_m + batch
+    else:
+        tiles_m = gl.cdiv(places[3], C.block_m)
+        first = batch * nheads
+    return first, tiles_m
+
+
+@gluon.jit
+def row_of(head, start_m, first, tiles_m, C: gl.constexpr):
+    """The row of a tile of queries in Stats and Sums."""
+    if C.packed:
+        row = head * tiles_m + first + start_m // C.block_m
+    else:
+        row = (first + head) * tiles_m + start_m // C.block_m
+    return row
 
 
 @gluon.jit
@@ -160,27 +243,28 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    group_size = sizes[2]
+    tile_n, batch, head_k, start, _full, blocks, places = locate(sizes, C)
+    entry_q, entry_k, _rows_k, seqlen_q, seqlen_k = places
+    first, tiles_m = workspace(sizes, batch, places, C)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS
         mbarrier.expect(k_full.index(w), K.block_type.nbytes)
-        load(K, batch, head_k, row, k_full.index(w), k_smem.index(w))
+        load(K, entry_k, head_k, row, seqlen_k, k_full.index(w), k_smem.index(w))
         mbarrier.expect(v_full.index(w), V.block_type.nbytes)
-        load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
+        load(V, entry_k, head_k, row, seqlen_k, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
         head, start_m = walk(i, head_k, start, blocks, group_size, C)
         slot = i % C.stages
         mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
-        load(Q, batch, head, start_m, q_full.index(slot), q_smem.index(slot))
-        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        load(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem.index(slot))
+        row = row_of(head, start_m, first, tiles_m, C)
         tma.async_copy_global_to_shared(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
         slot = i % C.dout_stages
         mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
         mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
-        load(dOut, batch, head, start_m, do_full.index(slot), do_smem.index(slot))
+        load(dOut, entry_q, head, start_m, seqlen_q, do_full.index(slot), do_smem.index(slot))
 
 
 @gluon.jit
@@ -196,12 +280,12 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
         shared[9],
         shared[10],
     )
-    BLOCK_D: gl.constexpr = q_smem.shape[4]
+    BLOCK_D: gl.constexpr = q_smem.shape[-1]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    group_size = sizes[2]
+    tile_n, batch, head_k, start, _full, blocks, places = locate(sizes, C)
+    first, tiles_m = workspace(sizes, batch, places, C)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
@@ -209,7 +293,7 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
             mbarrier.arrive(dq_empty.index(w), count=1)
     for i in range(LAG, group_size * blocks + LAG):
         head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
-        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        row = row_of(head, start_m, first, tiles_m, C)
         if C.deterministic:
             # Programs of earlier keys have smaller numbers, so they are running or done.
             while gl.atomic_add(Turn + row, 0, sem="acquire") != tile_n:
@@ -232,6 +316,6 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
     mbarrier.wait(done.index(0), 0)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
-        tma.async_copy_shared_to_global(dV, [batch, head_k, row, 0], dv_smem.index(w))
-        tma.async_copy_shared_to_global(dK, [batch, head_k, row, 0], dk_smem.index(w))
+        store(dV, places[1], head_k, row, places[2], dv_smem.index(w))
+        store(dK, places[1], head_k, row, places[2], dk_smem.index(w))
     tma.store_wait(0)

@@ -22,6 +22,7 @@ from triflash.kernels.v3.backward_shared import (
     PART,
     PART_COLUMNS,
     PART_ROWS,
+    SIZES,
     adder,
     locate,
     next_block,
@@ -40,10 +41,11 @@ def scores(shared, softmax_scale, sizes, C: gl.constexpr):
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, _batch, _head_k, start, full, blocks, places = locate(sizes, C)
+    _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     first = start + seqlen_k - seqlen_q - tile_n * KEYS
@@ -96,16 +98,16 @@ def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr)
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, _, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     W: gl.constexpr = 1 if IS_DK else 0
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
     STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
-    BLOCK_D: gl.constexpr = ring.shape[4]
-    ROUNDS: gl.constexpr = k_smem.shape[4] // PART // DQ_BUFFERS
+    BLOCK_D: gl.constexpr = ring.shape[-1]
+    ROUNDS: gl.constexpr = k_smem.shape[-1] // PART // DQ_BUFFERS
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    _tile_n, _batch, _head_k, _start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(sizes, C)
     k = tile(k_smem, 0)
     acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
     mbarrier.wait(k_full.index(0), 0)
@@ -147,9 +149,10 @@ def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr)
     mbarrier.arrive(done.index(0), count=1)
 
 
-@gluon.jit(do_not_specialize=["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k"])
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nheads, nheads_k,
-                    group_size, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=SIZES)
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_scale, nheads,
+                    nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
+                    C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem = buffers(K, 1)
@@ -183,7 +186,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, most_k, most_q)
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, C)),

@@ -30,8 +30,10 @@ from triflash import tuning
 from triflash.kernels.common.launch import Launch, strides_of
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
-from triflash.kernels.v3.tma import barriers, buffers, load, tile, view
-from triflash.spec import AttentionSpec
+from triflash.kernels.common.varlen import lse_offset
+from triflash.kernels.v3.packed import list_launch, listed, most_blocks
+from triflash.kernels.v3.tma import barriers, buffers, load, ragged_view, store, tile, view
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 
@@ -54,6 +56,13 @@ class Schedule:
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
+    packed: bool
+    used_q: bool  # rows of packed q may take no part
+
+    @property
+    def fields(self) -> int:
+        """Numbers that tell a warpgroup its tile."""
+        return 7 if self.packed else 3
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -100,32 +109,45 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
     q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k = sizes
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks, _total = sizes
+    if C.packed:
+        tiles_m = gl.load(Blocks)
+        tiles = tiles_m * nheads
     index = gl.program_id(0)
     t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
     while index < tiles:
-        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
+        if C.packed:
+            i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
+            start_m, batch, entry_q, rows_q, seqlen_q, entry_k, _rows, seqlen_k = listed(Blocks, i)
+        else:
+            tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
+            start_m = tile_m * (ROWS * CONSUMERS)
+            entry_q = batch
+            entry_k = batch
         head_k = head // group_size
-        start_m = tile_m * (ROWS * CONSUMERS)
         _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                fill(K, batch, head_k, (blocks - 1 - i) * BLOCK_N, k_full.index(n % STAGES_K),
-                     k_smem, n % STAGES_K, C.parts)  # fmt: skip
+                fill(K, entry_k, head_k, (blocks - 1 - i) * BLOCK_N, seqlen_k,
+                     k_full.index(n % STAGES_K), k_smem, n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
                     slot = t % STAGES_Q * CONSUMERS + w
                     mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
-                    publish(tile_smem, slot, start_m, batch, head)
+                    if C.packed:
+                        publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
+                                                  seqlen_k))  # fmt: skip
+                    else:
+                        publish(tile_smem, slot, (start_m, batch, head))
                     gl.thread_barrier()
-                    fill(Q, batch, head, start_m + w * ROWS, q_full.index(slot), q_smem, slot,
-                         C.parts)  # fmt: skip
+                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
+                         slot, C.parts)  # fmt: skip
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                fill(V, batch, head_k, (blocks - i) * BLOCK_N, v_full.index(p % STAGES),
+                fill(V, entry_k, head_k, (blocks - i) * BLOCK_N, seqlen_k, v_full.index(p % STAGES),
                      v_smem, p % STAGES, C.parts_v)  # fmt: skip
             n += 1
         n -= 1
@@ -140,30 +162,31 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
     for w in gl.static_range(CONSUMERS):
         slot = t % STAGES_Q * CONSUMERS + w
         mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
-        publish(tile_smem, slot, -1, 0, 0)
+        if C.packed:
+            publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
+        else:
+            publish(tile_smem, slot, (-1, 0, 0))
         mbarrier.arrive(q_full.index(slot), count=1)
 
 
 @gluon.jit
-def fill(descs, batch, head, row, bar, rings, slot, PARTS: gl.constexpr):
+def fill(descs, entry, head, row, seqlen, bar, rings, slot, PARTS: gl.constexpr):
     """Load a tile, in parts of columns, and have bar wait for all of it."""
     if PARTS == 1:
         mbarrier.expect(bar, descs[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, rings[1].index(slot)
-        )
-    load(descs[0], batch, head, row, bar, rings[0].index(slot))
+        load(descs[1], entry, head, row, seqlen, bar, rings[1].index(slot),
+             descs[0].block_type.shape[-1])  # fmt: skip
+    load(descs[0], entry, head, row, seqlen, bar, rings[0].index(slot))
 
 
 @gluon.jit
-def publish(tile_smem, slot, start_m, batch, head):
+def publish(tile_smem, slot, fields):
     """Tell a warpgroup its tile, so that it is spared the divisions; start_m < 0: there is none."""
     ONE: gl.constexpr = _one(1)
-    tile_smem.index(3 * slot).store(gl.full([1], start_m, gl.int32, ONE))
-    tile_smem.index(3 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
-    tile_smem.index(3 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
+    for i in gl.static_range(len(fields)):
+        tile_smem.index(len(fields) * slot + i).store(gl.full([1], fields[i], gl.int32, ONE))
 
 
 @gluon.constexpr_function
@@ -192,9 +215,9 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    _tiles, _tiles_m, nheads, _heads, _group_size, _section, seqlen_q, seqlen_k = sizes
+    nheads, seqlen_q, seqlen_k, total_q = sizes[2], sizes[6], sizes[7], sizes[9]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[4] == 256
+    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[-1] == 256
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
@@ -206,11 +229,18 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
     if C.turns and W == 0:  # the first turn is warpgroup 0's
         pass_turn(CONSUMERS - 1, CONSUMERS)
     mbarrier.wait(q_full.index(W), 0)
-    start_m = read(tile_smem, 3 * W)
+    start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
         q_slot = t % STAGES_Q * CONSUMERS + W
-        batch = read(tile_smem, 3 * q_slot + 1)
-        head = read(tile_smem, 3 * q_slot + 2)
+        batch = read(tile_smem, C.fields * q_slot + 1)
+        head = read(tile_smem, C.fields * q_slot + 2)
+        entry_q = batch
+        rows_q = seqlen_q
+        if C.packed:
+            entry_q = read(tile_smem, C.fields * q_slot + 3)
+            rows_q = read(tile_smem, C.fields * q_slot + 4)
+            seqlen_q = read(tile_smem, C.fields * q_slot + 5)
+            seqlen_k = read(tile_smem, C.fields * q_slot + 6)
         _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
         start_m += W * ROWS
         unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, C.causal)
@@ -281,15 +311,19 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         for part in gl.static_range(PARTS_V):
             factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
             out = (acc[part] * factor[:, None]).to(v_smem[0].dtype)
+            if C.used_q:
+                rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
+                out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
             tile(o_smem[part], W).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            tma.async_copy_shared_to_global(
-                Out[part], [batch, head, start_m, part * v_smem[0].shape[4]], o_smem[part].index(W)
-            )
+            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+                  part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
-        lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
-        gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
+        if C.used_q:
+            lse = gl.where(offs_m < seqlen_q - start_m, lse, float("-inf"))
+        lse_row = Lse + lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
+        gl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
 
         if C.alias:
             tma.store_wait(0)
@@ -297,7 +331,7 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         t += 1
         q_slot = t % STAGES_Q * CONSUMERS + W
         mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
-        start_m = read(tile_smem, 3 * q_slot)
+        start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
 
 
@@ -339,7 +373,7 @@ def halves(x):
 @gluon.jit
 def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
     """q k^T, begun."""
-    BLOCK_N: gl.constexpr = k_smem[0].shape[3]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[-2]
     if len(k_smem) == 2:
         k = (tile(k_smem[0], slot), tile(k_smem[1], slot))
     elif len(q) == 2:
@@ -356,7 +390,7 @@ def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
 @gluon.jit
 def zeros(v_smem):
     """An accumulator of out."""
-    WIDTH: gl.constexpr = v_smem.shape[4]
+    WIDTH: gl.constexpr = v_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     return gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
 
@@ -514,13 +548,14 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, tiles, tiles_m,
-                   nheads, heads, group_size, section, seqlen_q, seqlen_k,
+                              "seqlen_q", "seqlen_k", "total_q"])  # fmt: skip
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, softmax_scale, tiles,
+                   tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, total_q,
                    C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
+    Blocks is the list of tiles of packed sequences, else None, as total_q is.
     """
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -547,7 +582,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, 
     else:
         o_smem = (buffers(Out, CONSUMERS), buffers(Out1, CONSUMERS))
     tile_smem = gl.allocate_shared_memory(
-        gl.int32, [3 * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [C.fields * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     q_full = barriers(SLOTS_Q, 1)
     q_empty = barriers(SLOTS_Q, 1)
@@ -559,7 +594,8 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, 
 
     shared = (q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full,
               v_empty)  # fmt: skip
-    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k)
+    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks,
+             total_q)  # fmt: skip
     # A tuple with constexprs must be written where it is used, or they become tensors.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -597,21 +633,32 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, 
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    sequences: Sequences = NOT_PACKED,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
 
-    q, k and v lie so that TMA can read them (`spec.tma`).
+    Packed: out `(total_q, nheads, headdim_v)`, lse `(nheads, total_q)`. q, k and v lie so that TMA
+    can read them (`spec.tma`).
     """
-    out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
-    lse = q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32)
+    out = q.new_empty((*q.shape[:-1], spec.headdim_v))
+    lse = q.new_empty(spec.lse_shape, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
-    if spec.seqlen_k == 0:
+    if k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf")), []
-    launch = _prepare(spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride())
+    launch, list_blocks, list_shape = _prepare(
+        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), sequences.given
+    )
+    blocks = None
+    if list_blocks is not None:
+        blocks = q.new_empty(list_shape, dtype=torch.int32)
+        list_blocks(blocks, *sequences)
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
-    launch(q, k, v, out, q, k, v, out, lse, counter)
+    launch(q, k, v, out, q, k, v, out, lse, counter, blocks)
     return out, lse, []
 
 
@@ -623,20 +670,33 @@ def _prepare(
     stride_q: tuple[int, ...],
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
-) -> Launch:
+    given: tuple[bool, ...],
+) -> tuple[Launch, Launch | None, tuple[int, ...]]:
+    """The launch, and of packed sequences that of the list of their tiles and its shape."""
     config = tuning.v3_forward(spec, target)
-    tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
-    heads = spec.batch * spec.nheads
+    block_m = ROWS.value * config.consumers
+    total_q, total_k = spec.totals
+    list_blocks, list_shape = None, ()
+    if total_q is None:
+        tiles_m = -(-spec.seqlen_q // block_m)
+        heads = spec.batch * spec.nheads
+        of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
+        of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
+        stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
+    else:
+        tiles_m = most_blocks(total_q, spec.batch, block_m)
+        heads = spec.nheads
+        of_queries, of_keys = (total_q, spec.nheads), (total_k, spec.nheads_k)
+        stride_o = (spec.nheads * spec.headdim_v, spec.headdim_v, 1)
+        list_blocks, list_shape = list_launch(spec, block_m, of_keys=False)
     tiles = tiles_m * heads
-    of_queries = (spec.batch, spec.seqlen_q, spec.nheads)
-    of_keys = (spec.batch, spec.seqlen_k, spec.nheads_k)
-    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     tensors = (
         ((*of_queries, spec.headdim), stride_q, ROWS.value, config.widths),
         ((*of_keys, spec.headdim), stride_k, config.block_n, config.widths),
         ((*of_keys, spec.headdim_v), stride_v, config.block_n, config.widths_v),
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
+    packed = spec.varlen is not None
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -651,22 +711,25 @@ def _prepare(
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
-        check_keys=spec.seqlen_k % config.block_n != 0,
+        check_keys=packed or spec.seqlen_k % config.block_n != 0,
         scale_sign=(spec.softmax_scale > 0) - (spec.softmax_scale < 0),
+        packed=packed,
+        used_q=given[2],
     )
-    return Launch(
+    launch = Launch(
         forward_kernel,
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k),
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, total_q),
         (schedule,),
         config,
         tuple(
-            view(shape, stride, rows, widths[part], spec.dtype)
+            (ragged_view if packed else view)(shape, stride, rows, widths[part], spec.dtype)
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
     )  # fmt: skip
+    return launch, list_blocks, list_shape
 
 
 def _counter(device: torch.device) -> torch.Tensor:
