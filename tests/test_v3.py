@@ -429,7 +429,7 @@ def test_which_reports_of_racecheck_are_explained():
         return "========= Error: Race reported between " + "\n=========     and ".join(accesses)
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
-    index = line("tile_smem.index(3 * slot).store(")
+    index = line("tile_smem.index(len(fields) * slot + i).store(")
     load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")

@@ -385,7 +385,7 @@ def _prepare(
          total_q, sequences),
         (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
         around,
-    )
+    )  # fmt: skip
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
         programs,
@@ -409,5 +409,5 @@ def _prepare(
          spec.nheads, spec.seqlen_q, total_q, sequences),
         (spec.headdim, block_m, width),
         around,
-    )
+    )  # fmt: skip
     return Plan(before, backward, after, sums, stats, tiles, list_blocks, list_shape)
