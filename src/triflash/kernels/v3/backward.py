@@ -126,6 +126,9 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     if C.causal:
         k_idx -= start + seqlen_k - seqlen_q
         keys = 0
+    elif C.packed:
+        k_idx -= seqlen_k
+        keys = 0
     edge = gl.cdiv(full - start, BLOCK_M)
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, W)
@@ -227,6 +230,9 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_sc
     Blocks is the list of blocks of keys of packed sequences, else None, as most_k and most_q are:
     the blocks of a head in the list, and in Stats and Sums.
     """
+    if C.packed:
+        if gl.program_id(0) % most_k >= gl.load(Blocks):  # there are not so many
+            return
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
     q_smem = buffers(Q, C.stages)

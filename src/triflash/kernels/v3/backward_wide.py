@@ -155,6 +155,9 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_sc
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
+    if C.packed:
+        if gl.program_id(0) % most_k >= gl.load(Blocks):
+            return
     k_smem = buffers(K, 1)
     v_smem = buffers(V, 1)
     q_smem = buffers(Q, C.stages)
