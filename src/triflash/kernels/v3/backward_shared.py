@@ -19,6 +19,7 @@ from triflash.kernels.common.softmax import lse_to_log2
 from triflash.kernels.common.varlen import PACKED
 from triflash.kernels.v3.packed import listed, place_of_block
 from triflash.kernels.v3.tma import (
+    async_load,
     fence_async_global,
     load,
     reduce_add,
@@ -260,7 +261,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
         load(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem.index(slot))
         row = row_of(head, start_m, first, tiles_m, C)
-        tma.async_copy_global_to_shared(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
+        async_load(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
         slot = i % C.dout_stages
         mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
         mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)

@@ -32,7 +32,16 @@ from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
 from triflash.kernels.v3.packed import list_launch, listed, most_blocks
-from triflash.kernels.v3.tma import barriers, buffers, load, ragged_view, store, tile, view
+from triflash.kernels.v3.tma import (
+    barriers,
+    buffers,
+    load,
+    ragged_view,
+    store,
+    thread_barrier,
+    tile,
+    view,
+)
 from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
@@ -141,7 +150,7 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
                                                   seqlen_k))  # fmt: skip
                     else:
                         publish(tile_smem, slot, (start_m, batch, head))
-                    gl.thread_barrier()
+                    thread_barrier()
                     fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
                          slot, C.parts)  # fmt: skip
             if i > 0:

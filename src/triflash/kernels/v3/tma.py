@@ -11,6 +11,11 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Triton 3.7 and 3.9 gave these other names.
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @builtin
 def reduce_add(desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
@@ -69,22 +74,18 @@ def load(desc, entry, head, row, seqlen, bar, smem, column=0):
     `ragged_view`, the first row of a sequence.
     """
     if len(desc.block_type.shape) == 5:
-        tma.async_copy_global_to_shared(
-            desc, [END, entry + seqlen, head, END - seqlen + row, column], bar, smem
-        )
+        async_load(desc, [END, entry + seqlen, head, END - seqlen + row, column], bar, smem)
     else:
-        tma.async_copy_global_to_shared(desc, [entry, head, row, column], bar, smem)
+        async_load(desc, [entry, head, row, column], bar, smem)
 
 
 @gluon.jit
 def store(desc, entry, head, row, rows, smem, column=0):
     """TMA of a tile to a row of an entry, as in `load`; nothing is written from row `rows` on."""
     if len(desc.block_type.shape) == 5:
-        tma.async_copy_shared_to_global(
-            desc, [END, entry + rows, head, END - rows + row, column], smem
-        )
+        async_store(desc, [END, entry + rows, head, END - rows + row, column], smem)
     else:
-        tma.async_copy_shared_to_global(desc, [entry, head, row, column], smem)
+        async_store(desc, [entry, head, row, column], smem)
 
 
 @gluon.jit
