@@ -103,10 +103,13 @@ def mask_mod(function: Any, *, reference: Callable[..., Tensor] | None = None) -
     return mod
 
 
-def get(key: str) -> Any:
-    """The modification called `key` in the text of features."""
+def get(key: str, approximate: bool = False) -> Any:
+    """The modification called `key` in the text of features.
+
+    approximate: built-in ones may be off by what half precision is.
+    """
     if key in _BUILT_IN:
-        return _built_in(key)
+        return _built_in(key, approximate)
     if key not in _mods:
         raise ValueError(
             f"no modification is called {key!r} here; make it with triflash.mods before"
@@ -195,12 +198,19 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     return wanted
 
 
-def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
+def for_forward(
+    features: Features, extras: tuple[Any, ...], approximate: bool = False
+) -> tuple[Any, Any]:
+    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py.
+
+    approximate: of NVIDIA GPUs in half precision, which then take their own instructions.
+    """
     if not features.mods:
         return None, None
     named = dict(zip(features.names, extras, strict=True))
-    scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
+    scores = tuple(
+        (get(m.key, approximate).function, _values(m, named)) for m in features.score_mods
+    )
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
@@ -256,7 +266,7 @@ def explained(features: Features) -> Iterator[None]:
         raise
 
 
-def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
+def _values(mod: Mod, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
 
 
@@ -297,15 +307,17 @@ _BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference}
 
 
 @cache
-def _built_in(key: str) -> ScoreMod:
+def _built_in(key: str, approximate: bool) -> ScoreMod:
     """Lazily, because kernels need triton, which need not be installed for the reference."""
     reference = _BUILT_IN[key]
     if importlib.util.find_spec("triton") is None:
         return ScoreMod(key, None, None, None, reference)
     module = importlib.import_module("triflash.kernels.common.mods")
-    return ScoreMod(
-        key, getattr(module, key), getattr(module, f"{key}_derivative"), None, reference
+    function, derivative = (
+        getattr(module, f"approximate_{name}" if approximate else name, getattr(module, name))
+        for name in (key, f"{key}_derivative")
     )
+    return ScoreMod(key, function, derivative, None, reference)
 
 
 def _new_key(function: Any) -> str:

@@ -7,7 +7,7 @@ memory and registers, compiled but not timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -252,9 +252,14 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages_q = 2
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
+        if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
+            consumers, block_n, most = 3, 64, 6
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
-        consumers, block_n, most = 2, 128, 3
+        # 128 leave no registers for what score modifications load, which may be as large as the
+        # scores, nor for modifications beside masks on both sides.
+        tight = _loads_scores(spec) or (spec.features.mods and _masks_both_sides(spec))
+        consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
@@ -280,8 +285,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2,
+        # with d256 causal at 16384: no difference; full 716 against 683. Modifications need them.
+        q_in_registers=consumers == 2 and not spec.features.mods,
         alias=alias,
     )
 
@@ -535,6 +540,11 @@ def _loads_modifications(spec: AttentionSpec) -> bool:
         any(isinstance(a, str) for a in mod.aux) and mod.key != "alibi"
         for mod in spec.features.mods
     )
+
+
+def _loads_scores(spec: AttentionSpec) -> bool:
+    """Whether users' score modifications load from tensors."""
+    return _loads_modifications(replace(spec, features=replace(spec.features, mask_mod=None)))
 
 
 def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
