@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers import unexplained_races
 
-from triflash import attention, registry
+from triflash import attention, mods, registry
 from triflash.spec import PLAIN, make_spec
 from triflash.target import Target, target_of
 from triflash.testing import Case, make_inputs
@@ -61,6 +61,7 @@ CALLS = {
     "bf16-128-softcap, alibi, window": {"headdim": 128, "feature": "softcap, alibi, window"},
     "bf16-128-causal-learned bias": {"headdim": 128, "causal": True, "feature": "learned bias"},
     "bf16-128-causal-documents": {"headdim": 128, "causal": True, "feature": "documents"},
+    "bf16-128-causal-sinks": {"headdim": 128, "causal": True, "feature": "sinks"},
     "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
     "bf16-256-causal-documents": {"headdim": 256, "causal": True, "feature": "documents"},
 }
@@ -395,6 +396,12 @@ def test_no_keys():
     assert lse.shape == (2, 2, 8)
     assert (lse == float("-inf")).all()
     assert saved == []
+    sinks = torch.tensor([1.0, -2.0])
+    features, extras = mods.features_of(sinks=sinks)
+    spec = make_spec(q, k, k, None, False, False, False, True, features, extras)
+    out, lse, _ = forward(q, k, k, spec, extras)
+    assert not out.any()
+    assert torch.equal(lse, sinks[:, None].expand(2, 2, 8))
 
 
 def test_no_keys_gives_zero_gradients():

@@ -201,8 +201,8 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, ScoreMods, MaskMod, softmax_scale, sizes, window_left, window_right,
-             W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, window_left,
+             window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -306,7 +306,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, softmax_scale, sizes, window_
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
-        lse, normaliser = finish(m_i, l_i)
+        sink = None
+        if Sinks is not None:
+            sink = gl.load(Sinks + head).to(gl.float32)
+        lse, normaliser = finish(m_i, l_i, sink)
         acc = finished(acc, PARTS_V)
         release(v_empty.index(n % STAGES))
         n += 1
@@ -585,9 +588,9 @@ def _MULTIPLY_OPERANDS(n):
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
                               "seqlen_q", "seqlen_k", "window_left",
                               "window_right"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, MaskMod, softmax_scale,
-                   tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k,
-                   window_left, window_right, C: gl.constexpr):  # fmt: skip
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, MaskMod, Sinks,
+                   softmax_scale, tiles, tiles_m, nheads, heads, group_size, section, seqlen_q,
+                   seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
@@ -634,9 +637,9 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 1, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
                             window_left, window_right, C)),
@@ -647,11 +650,11 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 2, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
                             window_left, window_right, C)),
@@ -662,13 +665,13 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, softmax_scale, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
                             window_left, window_right, 3, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
                             window_left, window_right, C)),
@@ -694,7 +697,8 @@ def forward(
     if lse.numel() == 0:
         return out, lse, []
     if spec.seqlen_k == 0:
-        return out.zero_(), lse.fill_(float("-inf")), []
+        sinks = extras[-1][:, None] if spec.features.sinks else lse.new_tensor(float("-inf"))
+        return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
     launch = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras)
     )
@@ -766,7 +770,8 @@ def _prepare(
 
 def _arguments(features: Features, lse: Any, counter: Any, *extras: Any) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
-    return lse, counter, *mods.for_forward(features, extras, approximate=True)
+    sinks = extras[-1] if features.sinks else None
+    return lse, counter, *mods.for_forward(features, extras, approximate=True), sinks
 
 
 def _counter(device: torch.device) -> torch.Tensor:
