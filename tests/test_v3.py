@@ -18,6 +18,8 @@ from unittest import mock
 import aot
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import unexplained_races
 
 from triflash import attention, mods, registry
@@ -206,16 +208,43 @@ def loops(code: str) -> list[str]:
     return list(found.values())
 
 
+@triton.jit
+def first_half(b, h, q_idx, kv_idx, aux):
+    return kv_idx < tl.full([1, 1], 512, tl.int32)
+
+
+def error_of_a_tile() -> str:
+    """What a mask modification that makes a tile is told."""
+    import test_mods
+
+    test_mods.FEATURED["a tile"] = {"mask_mod": mods.mask_mod(first_half)}
+    features, _ = aot.features_for(Case(), "a tile")
+    with pytest.raises(TypeError) as caught, mods.explained(features):
+        compile_v3({"feature": "a tile"})
+    return str(caught.value)
+
+
 @pytest.fixture(scope="module")
-def compiler():
+def compiling():
+    """Calls a function in a process where Triton's interpreter is off."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-        def compile_call(call: dict, backward: bool = False) -> dict:
-            # Spawned at the first call, so that it imports Triton anew, with its interpreter off.
+        def call(function, *arguments):
+            # Spawned at the first call, so that it imports Triton anew.
             with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-                return pool.submit(compile_v3, call, backward).result()
+                return pool.submit(function, *arguments).result()
 
-        yield compile_call
+        yield call
+
+
+@pytest.fixture
+def compiler(compiling):
+    return lambda call, backward=False: compiling(compile_v3, call, backward)
+
+
+def test_functions_that_make_tiles_are_refused(compiling):
+    message = compiling(error_of_a_tile)
+    assert all(word in message for word in ("first_half", "tl.full", 'implementation="v2"'))
 
 
 @pytest.mark.parametrize("call", CALLS)

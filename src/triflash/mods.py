@@ -286,6 +286,12 @@ def explained(features: Features) -> Iterator[None]:
                 if found:
                     keys = [mod.key for mod in mods if mod and mod.key not in _BUILT_IN]
                     raise TypeError(f"{', '.join(keys)}: {found[0].strip()}") from error
+            if re.search(r"GluonSemantic.*'layout'", str(cause)):
+                keys = [mod.key for mod in features.mods if mod.key not in _BUILT_IN]
+                raise TypeError(
+                    f"{', '.join(keys)}: v3 cannot compile tl.arange, tl.full or tl.zeros in it; "
+                    'compute from the indices, or call with implementation="v2"'
+                ) from error
             cause = cause.__cause__ or cause.__context__
         raise
 
