@@ -18,10 +18,12 @@ from unittest import mock
 import aot
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import unexplained_races
 
-from triflash import attention, registry
-from triflash.spec import Sequences, make_spec, make_varlen_spec
+from triflash import attention, mods, registry
+from triflash.spec import PLAIN, Sequences, make_spec, make_varlen_spec
 from triflash.target import Target, target_of
 from triflash.testing import Case, make_inputs
 
@@ -84,6 +86,31 @@ CALLS = {
         "seqlen": 4096,
         "seqused": True,
     },
+    "bf16-64-causal-left": {"headdim": 64, "causal": True, "feature": "left"},
+    "bf16-64-causal-softcap": {"headdim": 64, "causal": True, "feature": "softcap"},
+    "bf16-64-documents": {"headdim": 64, "feature": "documents"},
+    "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
+    "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
+    "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
+    "fp16-128-causal-alibi": {"dtype": FP16, "headdim": 128, "causal": True, "feature": "alibi"},
+    "bf16-128-softcap, alibi, window": {"headdim": 128, "feature": "softcap, alibi, window"},
+    "bf16-128-causal-learned bias": {"headdim": 128, "causal": True, "feature": "learned bias"},
+    "bf16-128-causal-documents": {"headdim": 128, "causal": True, "feature": "documents"},
+    "bf16-64-causal-left-packed": {
+        "headdim": 64,
+        "packed": True,
+        "causal": True,
+        "feature": "left",
+    },
+    "bf16-128-softcap, alibi, window-packed": {
+        "headdim": 128,
+        "packed": True,
+        "feature": "softcap, alibi, window",
+        "seqused": True,
+    },
+    "bf16-128-causal-sinks": {"headdim": 128, "causal": True, "feature": "sinks"},
+    "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
+    "bf16-256-causal-documents": {"headdim": 256, "causal": True, "feature": "documents"},
 }
 
 
@@ -160,8 +187,12 @@ def launches_of(
     deterministic: bool = False,
     packed: bool = False,
     seqused: bool = False,
+    feature: str | None = None,
 ) -> list:
-    """The launches of v3's forward, or of its backward; packed, of two sequences."""
+    """The launches of v3's forward, or of its backward; packed, of two sequences.
+
+    `feature` is one of test_mods.FEATURED.
+    """
 
     def empty(seqlen: int, *shape: int) -> torch.Tensor:
         rows = (2 * seqlen,) if packed else (2, seqlen)
@@ -170,11 +201,15 @@ def launches_of(
     q = empty(seqlen, 4, headdim)
     k = empty(seqlen_k or seqlen, nheads_k, headdim)
     v = empty(seqlen_k or seqlen, nheads_k, headdim_v or headdim)
-    options = (softmax_scale, causal, deterministic, False)
+    features, extras = PLAIN, ()
+    if feature is not None:
+        of = Case(2, seqlen, seqlen_k or seqlen, 4, nheads_k, headdim, causal=causal)
+        features, extras = aot.features_for(of, feature)
+    options = (softmax_scale, causal, deterministic, False, True, features, extras)
     keywords = {}
     if packed:
-        cu_seqlens, used = torch.empty(3, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
-        cu_seqlens, used = cu_seqlens.to("meta"), used.to("meta") if seqused else None
+        cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+        used = cu_seqlens[:2] if seqused else None
         sequences = Sequences(cu_seqlens, cu_seqlens, used, used)
         spec = make_varlen_spec(q, k, v, sequences, seqlen, seqlen_k or seqlen, *options)
         keywords = {"sequences": sequences}
@@ -182,7 +217,7 @@ def launches_of(
         spec = make_spec(q, k, v, *options)
     row = registry.get("v3")
     with aot.recorded(target, row) as launches:
-        out, lse, saved = row.load_forward()(q, k, v, spec, **keywords)
+        out, lse, saved = row.load_forward()(q, k, v, spec, extras, **keywords)
         if backward:
             launches.clear()
             gradient = torch.empty_like(lse) if dlse else None
@@ -193,33 +228,11 @@ def launches_of(
 
 def compile_v3(call: dict, backward: bool = False) -> dict:
     """What the tests ask of the compiled kernel of `call`; runs in its own process."""
-    import triton
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     gpu, target, _ = aot.TARGETS["sm_90"]
     launches = launches_of(target, backward, **call)
     [launch] = [x for x in launches if x.kernel.is_gluon()]
     around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
-    signature, constants, attrs = {}, {}, {}
-    values = (*launch.args, *launch.constexprs)
-    for i, (param, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            element = {FP16: "fp16", BF16: "bf16", torch.float32: "fp32"}[value.base.dtype]
-            signature[param.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = {torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        elif value is None:
-            signature[param.name] = "constexpr"
-            constants[(i,)] = None
-        else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-    source = GluonASTSource(launch.kernel, signature, constants, attrs)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.config.num_warps})
+    compiled = aot.compile_launch(launch, gpu)
     with tempfile.TemporaryDirectory() as folder:
         # Triton keeps ptxas's warnings to itself.
         ptx = Path(folder, "kernel.ptx")
@@ -233,7 +246,7 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
     code = aot.sass(compiled.asm["cubin"])
     q, k, v = (tensor.block_shape for tensor in launch.args[:3])
     return {
-        "shared": compiled.metadata.shared,
+        "shared": compiled.shared,
         "log": log,
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
@@ -275,16 +288,43 @@ def loops(code: str) -> list[str]:
     return list(found.values())
 
 
+@triton.jit
+def first_half(b, h, q_idx, kv_idx, aux):
+    return kv_idx < tl.full([1, 1], 512, tl.int32)
+
+
+def error_of_a_tile() -> str:
+    """What a mask modification that makes a tile is told."""
+    import test_mods
+
+    test_mods.FEATURED["a tile"] = {"mask_mod": mods.mask_mod(first_half)}
+    features, _ = aot.features_for(Case(), "a tile")
+    with pytest.raises(TypeError) as caught, mods.explained(features):
+        compile_v3({"feature": "a tile"})
+    return str(caught.value)
+
+
 @pytest.fixture(scope="module")
-def compiler():
+def compiling():
+    """Calls a function in a process where Triton's interpreter is off."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-        def compile_call(call: dict, backward: bool = False) -> dict:
-            # Spawned at the first call, so that it imports Triton anew, with its interpreter off.
+        def call(function, *arguments):
+            # Spawned at the first call, so that it imports Triton anew.
             with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-                return pool.submit(compile_v3, call, backward).result()
+                return pool.submit(function, *arguments).result()
 
-        yield compile_call
+        yield call
+
+
+@pytest.fixture
+def compiler(compiling):
+    return lambda call, backward=False: compiling(compile_v3, call, backward)
+
+
+def test_functions_that_make_tiles_are_refused(compiling):
+    message = compiling(error_of_a_tile)
+    assert all(word in message for word in ("first_half", "tl.full", 'implementation="v2"'))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -294,9 +334,11 @@ def test_machine_code(call, compiler):
     # "wgmma serialized": correct, and much slower.
     assert "C7512" not in kernel["log"], kernel["log"]
     assert "serialized" not in kernel["log"], kernel["log"]
-    assert " 0 bytes spill stores, 0 bytes spill loads" in kernel["log"], kernel["log"]
-    assert kernel["stack"] == 0
-    assert kernel["local"] == 0
+    # Above 128, users' functions are short of a few registers.
+    few = 4 if CALLS[call]["headdim"] > 128 and "documents" in call else 0
+    assert max(kernel["local_in_loops"]) <= few, kernel["local_in_loops"]
+    assert kernel["stack"] <= 4 * few
+    assert kernel["local"] <= 4 * few
     assert kernel["hgmma"] == kernel["hgmma_expected"]
     assert kernel["registers_move"]
 
@@ -463,6 +505,12 @@ def test_no_keys():
     assert lse.shape == (2, 2, 8)
     assert (lse == float("-inf")).all()
     assert saved == []
+    sinks = torch.tensor([1.0, -2.0])
+    features, extras = mods.features_of(sinks=sinks)
+    spec = make_spec(q, k, k, None, False, False, False, True, features, extras)
+    out, lse, _ = forward(q, k, k, spec, extras)
+    assert not out.any()
+    assert torch.equal(lse, sinks[:, None].expand(2, 2, 8))
 
 
 def test_no_keys_gives_zero_gradients():
@@ -510,6 +558,30 @@ def test_hooks_of_launches_are_called(hook, monkeypatch):
     tensor = torch.zeros(1)
     launch(tensor)
     assert ran == [(tensor,)]
+
+
+def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(monkeypatch):
+    from types import SimpleNamespace
+
+    from triflash.kernels.common import launch as module
+
+    q, lse, slopes = torch.zeros(1), torch.zeros(1), torch.zeros(2)
+    launch = module.Launch(
+        None, 1, (2.0,), (7,), None, (lambda x: ("described", x),),
+        lambda lse, slopes: (lse, (("function", (slopes, 0)),), None),
+    )  # fmt: skip
+    ran = []
+    launch._launcher = module._Launcher(
+        lambda *arguments: ran.append(arguments), (), lambda view, _: [view], [None]
+    )
+    stream = SimpleNamespace(get_current_stream=lambda _: 5, get_current_device=lambda: 0)
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
+    for tensors in ((q, lse, slopes), (q, lse, slopes), (q, lse, slopes.clone())):
+        launch(*tensors)
+        at = tensors[-1].data_ptr()
+        behind = (lse.data_ptr(), (("function", (at, 0)),), None, 2.0, 7)
+        assert ran[-1] == (1, 1, 1, 5, ("described", q), *behind)
+    assert len(launch._bound) == 2
 
 
 @pytest.mark.gpu

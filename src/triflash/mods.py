@@ -103,10 +103,13 @@ def mask_mod(function: Any, *, reference: Callable[..., Tensor] | None = None) -
     return mod
 
 
-def get(key: str) -> Any:
-    """The modification called `key` in the text of features."""
+def get(key: str, approximate: bool = False) -> Any:
+    """The modification called `key` in the text of features.
+
+    approximate: built-in ones may be off by what half precision is.
+    """
     if key in _BUILT_IN:
-        return _built_in(key)
+        return _built_in(key, approximate)
     if key not in _mods:
         raise ValueError(
             f"no modification is called {key!r} here; make it with triflash.mods before"
@@ -121,6 +124,7 @@ def features_of(
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     aux: tuple[Any, ...] = (),
+    sinks: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
 
@@ -162,10 +166,14 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
+    if sinks is not None:
+        if not isinstance(sinks, torch.Tensor):
+            raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
+        tensors["sinks"] = sinks
     mask = None if mask_mod is None else Mod(mask_mod.key, bound)
-    if left is None and right is None and not scores and mask is None:
+    if left is None and right is None and not scores and mask is None and sinks is None:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask)
+    features = Features(left, right, tuple(scores), mask, sinks is not None)
     return features, tuple(tensors[name] for name in features.names)
 
 
@@ -195,23 +203,33 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     return wanted
 
 
-def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
+def for_forward(
+    features: Features, extras: tuple[Any, ...], approximate: bool = False
+) -> tuple[Any, Any]:
+    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py.
+
+    approximate: of NVIDIA GPUs in half precision, which then take their own instructions.
+    """
     if not features.mods:
         return None, None
-    named = dict(zip(features.names, extras, strict=True))
-    scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
+    named = features.named(extras)
+    scores = tuple(
+        (get(m.key, approximate).function, _values(m, named)) for m in features.score_mods
+    )
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
 def for_backward(
     features: Features, extras: tuple[Tensor, ...]
-) -> tuple[tuple[Any, Any], Callable[[], list[Tensor]]]:
-    """The same in a backward, and what gives the gradients of extras once kernels have run."""
-    if not features.mods:
-        return (None, None), list
-    named = dict(zip(features.names, extras, strict=True))
+) -> tuple[tuple[Any, Any], Callable[[Tensor, Tensor], list[Tensor]]]:
+    """The same in a backward, and what gives the gradients of extras once kernels have run.
+
+    That takes lse and delta, as `gradient_of_sinks` does.
+    """
+    if features is PLAIN:
+        return (None, None), lambda lse, delta: []
+    named = features.named(extras)
     sums: dict[str, Tensor] = {}
     scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
@@ -224,7 +242,9 @@ def for_backward(
             entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
         scores.append(entry)
 
-    def dextras() -> list[Tensor]:
+    def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
+        if "sinks" in features.with_grad:
+            sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
         return [
             sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
             for name in features.names
@@ -232,6 +252,20 @@ def for_backward(
         ]
 
     return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+
+
+def gradient_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """`(nheads,)`, in lse's dtype; bitwise the same in every run.
+
+    A sink is a key whose value is 0, so ds = p (0 - delta), with p = exp(sink - lse).
+
+    Args:
+        lse: `(batch, nheads, seqlen_q)`, packed `(nheads, total_q)`.
+        delta: rowsum(out * dout) - dlse, of lse's shape; where lse is -inf it may be anything.
+    """
+    p = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - lse)
+    terms = torch.where(lse == float("-inf"), 0.0, p * delta)
+    return -terms.sum(-1).reshape(-1, lse.shape[-2]).sum(0)
 
 
 @contextmanager
@@ -252,11 +286,17 @@ def explained(features: Features) -> Iterator[None]:
                 if found:
                     keys = [mod.key for mod in mods if mod and mod.key not in _BUILT_IN]
                     raise TypeError(f"{', '.join(keys)}: {found[0].strip()}") from error
+            if re.search(r"GluonSemantic.*'layout'", str(cause)):
+                keys = [mod.key for mod in features.mods if mod.key not in _BUILT_IN]
+                raise TypeError(
+                    f"{', '.join(keys)}: v3 cannot compile tl.arange, tl.full or tl.zeros in it; "
+                    'compute from the indices, or call with implementation="v2"'
+                ) from error
             cause = cause.__cause__ or cause.__context__
         raise
 
 
-def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
+def _values(mod: Mod, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
 
 
@@ -297,15 +337,17 @@ _BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference}
 
 
 @cache
-def _built_in(key: str) -> ScoreMod:
+def _built_in(key: str, approximate: bool) -> ScoreMod:
     """Lazily, because kernels need triton, which need not be installed for the reference."""
     reference = _BUILT_IN[key]
     if importlib.util.find_spec("triton") is None:
         return ScoreMod(key, None, None, None, reference)
     module = importlib.import_module("triflash.kernels.common.mods")
-    return ScoreMod(
-        key, getattr(module, key), getattr(module, f"{key}_derivative"), None, reference
+    function, derivative = (
+        getattr(module, f"approximate_{name}" if approximate else name, getattr(module, name))
+        for name in (key, f"{key}_derivative")
     )
+    return ScoreMod(key, function, derivative, None, reference)
 
 
 def _new_key(function: Any) -> str:

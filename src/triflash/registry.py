@@ -80,10 +80,10 @@ class Implementation:
                     f"{self.name} does not have {FEATURES[feature]}; {', '.join(having)} "
                     f"{'has' if len(having) == 1 else 'have'}."
                 )
-        if spec.deterministic and spec.features.with_grad and self.needs_kernels:
+        if spec.deterministic and spec.features.scattered and self.needs_kernels:
             return (
                 f"{self.name} refuses deterministic=True with a gradient of "
-                f"{', '.join(spec.features.with_grad)}, to which programs add in any order."
+                f"{', '.join(spec.features.scattered)}, to which programs add in any order."
             )
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
@@ -165,7 +165,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
-        features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod", "varlen"}),
+        features=frozenset(
+            {"window", "softcap", "alibi", "score_mod", "mask_mod", "sinks", "varlen"}
+        ),
         writes_gradients=True,
     ),
     Implementation(

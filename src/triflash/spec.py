@@ -21,6 +21,7 @@ FEATURES = {
     "alibi": "ALiBi (alibi_slopes)",
     "score_mod": "score modifications (score_mod)",
     "mask_mod": "mask modifications (mask_mod)",
+    "sinks": "attention sinks (sinks)",
     "varlen": "packed sequences (cu_seqlens_q)",
 }
 
@@ -58,6 +59,7 @@ class Features:
         window_right: how many keys after its own position, None for all; None if causal.
         score_mods: in the order in which they change the scaled score.
         mask_mod: hides keys beside causal and window.
+        sinks: each head's softmax has a score more, in the last of the extras.
         with_grad: names of the extras whose gradients are wanted.
     """
 
@@ -65,6 +67,7 @@ class Features:
     window_right: int | None = None
     score_mods: tuple[Mod, ...] = ()
     mask_mod: Mod | None = None
+    sinks: bool = False
     with_grad: tuple[str, ...] = ()
 
     @property
@@ -73,23 +76,32 @@ class Features:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each of the extras is, in order."""
+        """What each of the extras is, in order; sinks are the last."""
         names: dict[str, None] = {}
         for mod in self.mods:
             names.update((a, None) for a in mod.aux if isinstance(a, str))
-        return tuple(names)
+        return (*names, "sinks") if self.sinks else tuple(names)
+
+    def named(self, extras: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The extras by their names."""
+        return dict(zip(self.names, extras, strict=True))
 
     def gradients_of(self, extras: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those of `extras` whose gradients are wanted; they are what a backward gives last."""
-        named = zip(self.names, extras, strict=True)
-        return [tensor for name, tensor in named if name in self.with_grad]
+        return [t for name, t in self.named(extras).items() if name in self.with_grad]
+
+    @property
+    def scattered(self) -> tuple[str, ...]:
+        """Of `with_grad` those whose gradients kernels add up atomically, in any order."""
+        return tuple(name for name in self.with_grad if name != "sinks")
 
     @property
     def uses(self) -> tuple[str, ...]:
         """Which of FEATURES they are."""
         used = [] if self.window_left is None and self.window_right is None else ["window"]
         used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
-        return tuple(used if self.mask_mod is None else (*used, "mask_mod"))
+        used += [] if self.mask_mod is None else ["mask_mod"]
+        return (*used, "sinks") if self.sinks else tuple(used)
 
     @property
     def text(self) -> str:
@@ -103,6 +115,8 @@ class Features:
             parts.append("score=" + mod.text)
         if self.mask_mod is not None:
             parts.append("mask=" + self.mask_mod.text)
+        if self.sinks:
+            parts.append("sinks")
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         return ";".join(parts)
@@ -121,6 +135,8 @@ def features_of_text(text: str) -> Features:
         if field == "window":
             left, right = (int(x) if x else None for x in (first, *rest))
             features = replace(features, window_left=left, window_right=right)
+        elif field == "sinks":
+            features = replace(features, sinks=True)
         elif field == "grad":
             features = replace(features, with_grad=(first, *rest))
         else:
@@ -430,6 +446,16 @@ def _check_extras(
                 raise ValueError(
                     "alibi_slopes must have shape (nheads,) or (batch, nheads), here "
                     f"{allowed[0]} or {allowed[1]}, got {tuple(tensor.shape)}"
+                )
+        elif name == "sinks":
+            if tensor.dtype not in (torch.float32, spec.dtype):
+                raise TypeError(
+                    f"sinks must be float32 or of q's dtype {spec.dtype}, got {tensor.dtype}"
+                )
+            if tuple(tensor.shape) != (spec.nheads,):
+                raise ValueError(
+                    f"sinks must have shape (nheads,), here ({spec.nheads},), got "
+                    f"{tuple(tensor.shape)}"
                 )
 
 

@@ -10,8 +10,10 @@ once; k and v once for each tile of queries, mostly from L2.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -26,9 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.runtime import driver
 
-from triflash import tuning
-from triflash.kernels.common.launch import Launch, strides_of
-from triflash.kernels.common.mask import key_range, visible
+from triflash import mods, tuning
+from triflash.kernels.common.launch import Launch, kinds, strides_of
+from triflash.kernels.common.mask import key_begin, key_range, visible
+from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
 from triflash.kernels.v3.packed import list_launch, listed, most_blocks
@@ -42,7 +45,7 @@ from triflash.kernels.v3.tma import (
     tile,
     view,
 )
-from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
+from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
 
@@ -97,18 +100,26 @@ def locate(index, tiles_m, nheads, heads, section, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def blocks_of(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              CAUSAL: gl.constexpr):  # fmt: skip
-    """Blocks of keys for queries [start_m, start_m + BLOCK_M), as (unmasked, all); all >= 1.
+def blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    """Blocks of keys for queries [start_m, start_m + BLOCK_M), as (begin, inner, full, end).
 
-    Queries that see no key go through one block that is hidden from them.
+    Those of [begin, end) are visited, begin < end; those of [inner, full) need no mask. Queries
+    that see no key go through one block that is hidden from them.
     """
-    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    return full // BLOCK_N, gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    full = full // BLOCK_N
+    end = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+    begin, inner = 0, 0
+    if window_left is not None:
+        begin, inner = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+        begin = gl.minimum(begin // BLOCK_N, end - 1)
+        inner = inner // BLOCK_N
+    return begin, inner, full, end
 
 
 @gluon.jit
-def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
+def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.constexpr):
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -135,11 +146,13 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
             entry_q = batch
             entry_k = batch
         head_k = head // group_size
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
+        begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                     ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
+        blocks = end - begin
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                fill(K, entry_k, head_k, (blocks - 1 - i) * BLOCK_N, seqlen_k,
+                fill(K, entry_k, head_k, (end - 1 - i) * BLOCK_N, seqlen_k,
                      k_full.index(n % STAGES_K), k_smem, n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
@@ -156,7 +169,7 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                fill(V, entry_k, head_k, (blocks - i) * BLOCK_N, seqlen_k, v_full.index(p % STAGES),
+                fill(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, v_full.index(p % STAGES),
                      v_smem, p % STAGES, C.parts_v)  # fmt: skip
             n += 1
         n -= 1
@@ -211,7 +224,8 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
+def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, window_left,
+             window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -231,6 +245,9 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
+    if ScoreMods is not None:  # which get scores in natural units
+        scale_log2 = LOG2_E
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
 
     t = 0
@@ -250,20 +267,14 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
             rows_q = read(tile_smem, C.fields * q_slot + 4)
             seqlen_q = read(tile_smem, C.fields * q_slot + 5)
             seqlen_k = read(tile_smem, C.fields * q_slot + 6)
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
+        first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
         start_m += W * ROWS
-        unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, C.causal)
+        begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                           ROWS, BLOCK_N, C.causal)  # fmt: skip
         if start_m >= seqlen_q:  # queries that do not exist
-            mine = 1
-        for _ in range(blocks - mine):  # later than all of this warpgroup's queries
-            mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
-            release(k_empty.index(n % STAGES_K))
-            mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-            release(v_empty.index(n % STAGES))
-            if C.turns:
-                await_turn(W)
-                pass_turn(W, CONSUMERS)
-            n += 1
+            begin, end = first, first + 1
+        n = pass_by(last - end, n, bars, W, C)  # later than all of this warpgroup's queries
 
         if PARTS == 2:
             q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
@@ -279,6 +290,11 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         if Q_IN_REGISTERS and len(q) == 1:
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+        if ScoreMods is not None or MaskMod is not None:
+            length_q, length_k = seqlen_q, seqlen_k
+            if C.packed:  # of sequences of nothing, what stands for them in index 0
+                length_q, length_k = gl.maximum(seqlen_q, 1), gl.maximum(seqlen_k, 1)
+            q_idx = gl.minimum(q_idx, length_q - 1)  # so that what users load by it exists
         mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
         if C.turns:
             await_turn(W)
@@ -289,9 +305,18 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         release(k_empty.index(n % STAGES_K))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
-        if C.causal or C.check_keys:
-            s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
-        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
+        if ScoreMods is not None:
+            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, (end - 1) * BLOCK_N),
+                       length_q, length_k, ScoreMods)  # fmt: skip
+        if C.causal or C.check_keys or WINDOW:
+            s = mask(s, q_idx, (end - 1) * BLOCK_N, seqlen_q, seqlen_k, window_left, window_right,
+                     C.causal)  # fmt: skip
+        if MaskMod is not None:
+            k_idx = keys_of(s, (end - 1) * BLOCK_N)
+            seen = shown(batch, head, q_idx, k_idx, length_q, length_k, MaskMod)
+            s = gl.where(seen, s, float("-inf"))
+        HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
+        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -299,10 +324,14 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         else:
             acc = (zeros(v_smem[0]), zeros(v_smem[1]))
 
-        for i in range(1, mine):
-            block = mine - 1 - i
-            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx,
-                                    block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k,
+        for i in range(1, end - begin):
+            block = end - 1 - i
+            edge = block >= full
+            if window_left is not None:
+                edge = edge | (block < inner)
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
+                                    scale_log2, batch, head, q_idx, block * BLOCK_N, edge, seqlen_q,
+                                    seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
         if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
@@ -310,10 +339,15 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
-        lse, normaliser = finish(m_i, l_i)
+        sink = None
+        if Sinks is not None:
+            sink = gl.load(Sinks + head).to(gl.float32)
+        lse, normaliser = finish(m_i, l_i, sink)
         acc = finished(acc, PARTS_V)
         release(v_empty.index(n % STAGES))
         n += 1
+        if window_left is not None:
+            n = pass_by(begin - first, n, bars, W, C)  # before all of their windows
 
         if not C.alias:
             tma.store_wait(0)  # the tile before this one
@@ -342,6 +376,22 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
         start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
+
+
+@gluon.jit
+def pass_by(count, n, bars, W: gl.constexpr, C: gl.constexpr):
+    """Release blocks that only other warpgroups need; the number of the block behind them."""
+    k_full, k_empty, v_full, v_empty = bars
+    for _ in range(count):
+        mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1)
+        release(k_empty.index(n % C.stages_k))
+        mbarrier.wait(v_full.index(n % C.stages), n // C.stages & 1)
+        release(v_empty.index(n % C.stages))
+        if C.turns:
+            await_turn(W)
+            pass_turn(W, C.consumers)
+        n += 1
+    return n
 
 
 @gluon.jit
@@ -444,10 +494,17 @@ def signed(s, SCALE_SIGN: gl.constexpr):
 
 
 @gluon.jit
-def mask(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
-    """Scores with -inf where hidden."""
-    k_idx = start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-    return gl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
+def keys_of(s, start_n):
+    """Indices of the keys of a tile of scores, [1, BLOCK_N]."""
+    return start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+
+
+@gluon.jit
+def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
+    """Scores with -inf where causal or a window hides keys."""
+    seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                   window_right)  # fmt: skip
+    return gl.where(seen, s, float("-inf"))
 
 
 @gluon.jit
@@ -461,8 +518,9 @@ def sum_of_lanes(p):
 
 
 @gluon.jit
-def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
-         seqlen_k, LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2, batch, head,
+         q_idx, start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+         LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -480,10 +538,18 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
     release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
-    if C.causal:
-        if masked:  # only blocks on the edge of the mask pay for it
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal, SLACK)
+    if ScoreMods is not None:  # no keys past the end, which only the first block has
+        s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
+                   ScoreMods, True)  # fmt: skip
+    EDGES: gl.constexpr = C.causal or window_left is not None or window_right is not None
+    if EDGES:
+        if edge:  # only blocks on the edge of the mask pay for it
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+    if MaskMod is not None:
+        k_idx = keys_of(s, start_n)
+        seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, True)
+        s = gl.where(seen, s, float("-inf"))
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
     # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
@@ -557,10 +623,11 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k", "total_q"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, softmax_scale, tiles,
-                   tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, total_q,
-                   C: gl.constexpr):  # fmt: skip
+                              "seqlen_q", "seqlen_k", "total_q", "window_left",
+                              "window_right"])  # fmt: skip
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMods, MaskMod, Sinks,
+                   softmax_scale, tiles, tiles_m, nheads, heads, group_size, section, seqlen_q,
+                   seqlen_k, total_q, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
@@ -609,36 +676,48 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, softmax
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 1, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 2, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 4, 1],
             [160, 160, 32],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 3, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
+                            window_left, window_right, 3, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 4, 4, 1],
             [112, 112, 112, 32],
-        )
+        )  # fmt: skip
 
 
 def forward(
@@ -646,6 +725,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     spec: AttentionSpec,
+    extras: tuple[torch.Tensor, ...] = (),
     sequences: Sequences = NOT_PACKED,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
@@ -657,17 +737,23 @@ def forward(
     lse = q.new_empty(spec.lse_shape, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
+    # Without keys there is nothing to run, but that unused rows have no sink.
+    if k.numel() == 0 and not (spec.features.sinks and sequences.seqused_q is not None):
+        sinks = extras[-1][:, None] if spec.features.sinks else lse.new_tensor(float("-inf"))
+        return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
     if k.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf")), []
+        k = v = q  # of which nothing is read
     launch, list_blocks, list_shape = _prepare(
-        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), sequences.given
-    )
+        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras),
+        sequences.given,
+    )  # fmt: skip
     blocks = None
     if list_blocks is not None:
         blocks = q.new_empty(list_shape, dtype=torch.int32)
         list_blocks(blocks, *sequences)
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
-    launch(q, k, v, out, q, k, v, out, lse, counter, blocks)
+    with mods.explained(spec.features) if spec.features.mods else nullcontext():
+        launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     return out, lse, []
 
 
@@ -679,6 +765,7 @@ def _prepare(
     stride_q: tuple[int, ...],
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
+    kinds_of_extras: tuple[object, ...],
     given: tuple[bool, ...],
 ) -> tuple[Launch, Launch | None, tuple[int, ...]]:
     """The launch, and of packed sequences that of the list of their tiles and its shape."""
@@ -706,6 +793,9 @@ def _prepare(
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
     packed = spec.varlen is not None
+    sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
+    if spec.features.score_mods:  # which scale by themselves
+        sign = 1
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -721,7 +811,7 @@ def _prepare(
         parts_v=len(config.widths_v),
         causal=spec.causal,
         check_keys=packed or spec.seqlen_k % config.block_n != 0,
-        scale_sign=(spec.softmax_scale > 0) - (spec.softmax_scale < 0),
+        scale_sign=sign,
         packed=packed,
         used_q=given[2],
     )
@@ -729,7 +819,8 @@ def _prepare(
         forward_kernel,
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, total_q),
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, total_q,
+         spec.features.window_left, spec.features.window_right),
         (schedule,),
         config,
         tuple(
@@ -737,8 +828,17 @@ def _prepare(
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
+        partial(_arguments, spec.features),
     )  # fmt: skip
     return launch, list_blocks, list_shape
+
+
+def _arguments(
+    features: Features, lse: Any, counter: Any, blocks: Any, *extras: Any
+) -> tuple[Any, ...]:
+    """The kernel's arguments behind its descriptors."""
+    sinks = extras[-1] if features.sinks else None
+    return lse, counter, blocks, *mods.for_forward(features, extras, approximate=True), sinks
 
 
 def _counter(device: torch.device) -> torch.Tensor:
