@@ -84,7 +84,12 @@ FEATURED = {
     "negative scale": {"softmax_scale": -0.5, "softcap": 2.0, "window_size": (None, 30)},
     "documents": {"mask_mod": DOCUMENT, "make_aux": ids},
     "documents, causal": {"mask_mod": DOCUMENT, "make_aux": ids, "causal": True},
-}
+    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 128)},
+    "blocks, causal": {
+        "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 64), "block_heads": True,
+        "causal": True,
+    },
+}  # fmt: skip
 LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
 
 

@@ -33,6 +33,7 @@ def attention(
     score_mod: mods.ScoreMod | None = None,
     mask_mod: mods.MaskMod | None = None,
     aux: tuple[Tensor | float, ...] = (),
+    block_mask: mods.BlockMask | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     allow_tf32: bool = False,
@@ -60,6 +61,8 @@ def attention(
         score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
         mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
         aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.
+        block_mask: from `triflash.create_block_mask`; the whole mask, whose empty blocks are skipped
+            and whose full ones are not masked. causal, window_size and mask_mod go there then.
         return_lse: also return the log of the softmax denominators; its gradient flows.
         deterministic: refuse implementations whose gradients differ from run to run.
         allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
@@ -74,8 +77,9 @@ def attention(
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
     features, extras = mods.features_of(
-        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask
     )  # fmt: skip
+    causal = mods.causal_of(causal, block_mask)
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, features, extras
     )  # fmt: skip

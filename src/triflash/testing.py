@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from triflash import mods, reference, registry
+from triflash.block_mask import create_block_mask
 from triflash.interface import attention
 from triflash.spec import AttentionSpec, make_spec
 from triflash.target import target_of
@@ -47,6 +48,8 @@ class Case:
         alibi: "heads" or "batch and heads", what slopes there are, or "".
         score_mod, mask_mod: from `triflash.mods`, with a reference.
         make_aux: `(case, device) -> aux`. Tensors in it that require gradients have them checked.
+        block_size: of a block mask of causal, window_size and mask_mod, or None for no such thing.
+        block_heads: the block mask is one for each batch entry and head.
     """
 
     batch: int = 2
@@ -69,6 +72,8 @@ class Case:
     score_mod: mods.ScoreMod | None = None
     mask_mod: mods.MaskMod | None = None
     make_aux: Callable[[Case, torch.device], tuple[Any, ...]] | None = None
+    block_size: tuple[int, int] | None = None
+    block_heads: bool = False
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -105,14 +110,19 @@ class Case:
             shape = (self.batch, self.nheads) if "batch" in self.alibi else (self.nheads,)
             n = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32, device=device)
             slopes = (2.0 ** (-n / 2)).view(shape)
-        return {
-            "window_size": self.window_size,
-            "softcap": self.softcap,
-            "alibi_slopes": slopes,
-            "score_mod": self.score_mod,
-            "mask_mod": self.mask_mod,
-            "aux": () if self.make_aux is None else self.make_aux(self, device),
-        }
+        aux = () if self.make_aux is None else self.make_aux(self, device)
+        scores = {"softcap": self.softcap, "alibi_slopes": slopes, "score_mod": self.score_mod}
+        if self.block_size is None:
+            masks = {"window_size": self.window_size, "mask_mod": self.mask_mod}
+            return {**scores, **masks, "aux": aux}
+        assert self.mask_mod is not None, "there is no block mask without mask_mod"
+        block_mask = create_block_mask(
+            self.mask_mod, self.batch if self.block_heads else None,
+            self.nheads if self.block_heads else None, self.seqlen_q, self.seqlen_k,
+            causal=self.causal, window_size=self.window_size, aux=aux, device=device,
+            block_size=self.block_size,
+        )  # fmt: skip
+        return {**scores, "aux": () if self.score_mod is None else aux, "block_mask": block_mask}
 
     def __str__(self) -> str:
         headdim = f"{self.headdim}"
@@ -142,6 +152,9 @@ class Case:
         if self.alibi:
             parts.append(f"alibi of {self.alibi}")
         parts += [mod.key for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        if self.block_size is not None:
+            of = " a head" if self.block_heads else ""
+            parts.append(f"blocks of {self.block_size[0]}x{self.block_size[1]}{of}")
         return " ".join(parts)
 
 
@@ -262,7 +275,7 @@ def run_case(
             q,
             k,
             v,
-            causal=case.causal,
+            causal=case.causal and case.block_size is None,
             softmax_scale=case.softmax_scale,
             return_lse=True,
             allow_tf32=case.allow_tf32,
