@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from triflash.kernels.common.mask import query_range
 from triflash.kernels.common.softmax import lse_to_log2
-from triflash.kernels.common.varlen import PACKED
+from triflash.kernels.common.varlen import PACKED, lse_offset
 from triflash.kernels.v3.packed import listed, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
@@ -68,7 +68,6 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, strid
         batch = (pid // tiles_m // nheads).to(tl.int64)
         head = (pid // tiles_m % nheads).to(tl.int64)
         start_m = pid % tiles_m * BLOCK_M
-        row = (batch * nheads + head) * seqlen_q
     else:
         most = total_q // BLOCK_M + sequences  # as most_blocks has it
         head = (pid // most).to(tl.int64)
@@ -76,7 +75,6 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, strid
             CuSeqlensQ, SeqUsedQ, pid % most, sequences, total_q, BLOCK_M
         )
         batch = batch.to(tl.int64)
-        row = head * total_q + batch
         if start_m >= rows:
             return
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -89,6 +87,7 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, strid
     out = tl.load(Out + rows * stride_os + offs_d[None, :], mask=inside, other=0.0)
     dout = tl.load(dOut + rows * stride_gs + offs_d[None, :], mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row = lse_offset(batch, head, batch, nheads, seqlen_q, total_q)
     lse = tl.load(Lse + row + offs_m, mask=exist, other=float("-inf"))
     if HAS_DLSE:  # d lse / d scores = p, so dlse joins delta with the opposite sign
         delta -= tl.load(dLse + row + offs_m, mask=exist, other=0.0)
@@ -117,16 +116,16 @@ def after_kernel(Sums, dQ, CuSeqlensQ, softmax_scale, stride_dqb, stride_dqs, st
         row = pid // PARTS // tiles_m
         head = row % nheads
         if stride_dqb is None:
-            dQ += (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM
+            entry = (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM
         else:
-            dQ += (row // nheads).to(tl.int64) * stride_dqb
+            entry = (row // nheads).to(tl.int64) * stride_dqb
     else:
         most = total_q // BLOCK_M + sequences  # as most_blocks has it
         head = pid // PARTS // most
         start_m, batch, seqlen_q, _ = place_of_block(
             CuSeqlensQ, None, pid // PARTS % most, sequences, total_q, BLOCK_M
         )
-        dQ += batch.to(tl.int64) * stride_dqs
+        entry = batch.to(tl.int64) * stride_dqs
         if start_m >= seqlen_q:
             return
     offs_m = start_m + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
@@ -134,7 +133,7 @@ def after_kernel(Sums, dQ, CuSeqlensQ, softmax_scale, stride_dqb, stride_dqs, st
     packed = tl.load(Sums + pid.to(tl.int64) * 4096 + tl.arange(0, 4096))
     packed = tl.reshape(packed, [8, 4, 8, 4, 2, 2])  # as pack left it
     dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, 64]) * softmax_scale
-    dQ += head * stride_dqh
+    dQ += entry + head * stride_dqh
     rows = offs_m.to(tl.int64)[:, None] * stride_dqs
     inside = (offs_m < seqlen_q)[:, None] & (offs_d < HEADDIM)[None, :]
     tl.store(dQ + rows + offs_d[None, :], dq.to(dQ.dtype.element_ty), mask=inside)
