@@ -171,6 +171,9 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
         if value is None or isinstance(value, JITFunction) or one:
             constants[path] = value
             return "constexpr"
+        if hasattr(value, "layout") and hasattr(value, "block_shape"):  # Gluon's descriptor
+            element = _TYPES[value.base.dtype]
+            return f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
         if isinstance(value, TensorDescriptor):
             shape = ",".join(map(str, value.block_shape))
             return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
@@ -191,8 +194,11 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
         else:
             flags = (param.do_not_specialize, param.do_not_specialize_on_alignment)
             signature[param.name] = describe(value, (i,), *(not flag for flag in flags))
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    source_of = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=target, options=options)
     result = Compiled(kernel.__name__, launch.config, compiled.metadata.shared, asm=compiled.asm)
     result.overwritten = overwritten_too_early(compiled.asm["ttgir"], launch.config.num_stages)

@@ -128,30 +128,11 @@ def launches_of(
 
 def compile_v3(call: dict, backward: bool = False) -> dict:
     """What the tests ask of the compiled kernel of `call`; runs in its own process."""
-    import triton
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     gpu, target, _ = aot.TARGETS["sm_90"]
     launches = launches_of(target, backward, **call)
     [launch] = [x for x in launches if x.kernel.is_gluon()]
     around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
-    signature, constants, attrs = {}, {}, {}
-    values = (*launch.args, *launch.constexprs)
-    for i, (param, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            element = {FP16: "fp16", BF16: "bf16", torch.float32: "fp32"}[value.base.dtype]
-            signature[param.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = {torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-    source = GluonASTSource(launch.kernel, signature, constants, attrs)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.config.num_warps})
+    compiled = aot.compile_launch(launch, gpu)
     with tempfile.TemporaryDirectory() as folder:
         # Triton keeps ptxas's warnings to itself.
         ptx = Path(folder, "kernel.ptx")
@@ -165,7 +146,7 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
     code = aot.sass(compiled.asm["cubin"])
     q, k, v = (tensor.block_shape for tensor in launch.args[:3])
     return {
-        "shared": compiled.metadata.shared,
+        "shared": compiled.shared,
         "log": log,
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),

@@ -14,8 +14,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from triflash.kernels.common.mask import query_range
-from triflash.kernels.common.softmax import lse_to_log2
+from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mods import derive, modify, shown
+from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.v3.tma import fence_async_global, load, reduce_add, wait_for_reductions
 
 
@@ -35,6 +36,8 @@ class Schedule:
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
     deterministic: bool  # programs add to a tile of dq in the order of their keys
+    inside: bool  # all queries and keys of all tiles exist; modifications want to know
+    scatter: bool  # gradients of aux are wanted
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -42,6 +45,11 @@ PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
 PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
 PART_COLUMNS = gl.constexpr(128)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
+
+# Parameters of the kernels that programs are not compiled anew for.
+UNSPECIALIZED = [
+    "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q"])
@@ -109,23 +117,29 @@ def pack(part):
 
 
 @gluon.jit
-def locate(seqlen_q, seqlen_k, nheads_k, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, blocks a head).
+def locate(seqlen_q, seqlen_k, nheads_k, window_left, window_right, C: gl.constexpr):
+    """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head).
 
+    Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
     tiles_n = gl.cdiv(seqlen_k, C.block_n)
     pid = gl.program_id(0)
     tile_n = pid % tiles_n
     row = pid // tiles_n
+    start_n = tile_n * C.block_n
     start, full = query_range(
-        tile_n * C.block_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal
+        start_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal, window_right
     )
     if C.check_keys:
         if (tile_n + 1) * C.block_n > seqlen_k:
             full = seqlen_q
-    blocks = gl.cdiv(seqlen_q - start, C.block_m)
-    return tile_n, row // nheads_k, row % nheads_k, start, full, blocks
+    end, full_to = seqlen_q, seqlen_q
+    if window_left is not None:
+        full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+        end = gl.maximum(start, end)
+    blocks = gl.cdiv(end - start, C.block_m)
+    return tile_n, row // nheads_k, row % nheads_k, start, (full, full_to), blocks
 
 
 @gluon.jit
@@ -156,12 +170,79 @@ def next_block(m, blocks, C: gl.constexpr):
 
 
 @gluon.jit
-def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
+def positions(start, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """start + arange, in a loop.
+
+    Added up so that a thread's positions are one register and constants; LLVM would compute arange
+    before the loop and keep it, 16 registers or more.
+    """
+    offs = gl.arange(0, BLOCK, LAYOUT)
+    return start + (offs & 6) + (offs & (BLOCK - 7))
+
+
+@gluon.jit
+def edges(start, full, C: gl.constexpr):
+    """`full` of `locate` in blocks from the first query on."""
+    return gl.cdiv(full[0] - start, C.block_m), (full[1] - start) // C.block_m
+
+
+@gluon.jit
+def masked(m, edge, window_left):
+    """Whether block m of a head needs a mask; edge is of `edges`."""
+    outside = m < edge[0]
+    if window_left is not None:
+        outside = outside | (m >= edge[1])
+    return outside
+
+
+@gluon.jit
+def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
+    """The head of step i, as in walk."""
+    head = head_k
+    if C.gqa:
+        head = head_k * group_size + i // blocks
+    return head
+
+
+@gluon.jit
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, edge,
+             window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
+             C: gl.constexpr):  # fmt: skip
+    """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
+
+    Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
+    with. Not if gradients of aux are wanted: then the second is p again.
+    """
+    if ScoreMods is not None:
+        score = s * softmax_scale
+        s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
+        p = gl.exp2(s * LOG2_E - lse)
+    else:
+        p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
+    if C.causal or C.check_keys or window_left is not None or window_right is not None:
+        if edge:
+            seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
+                           window_right)  # fmt: skip
+            p = gl.where(seen, p, 0.0)
+    if MaskMod is not None:
+        seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
+        p = gl.where(seen, p, 0.0)
+    derived = p
+    if ScoreMods is not None and not C.scatter:
+        derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
+                         C.inside)  # fmt: skip
+    return p, derived
+
+
+@gluon.jit
+def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: gl.constexpr):
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, batch, head_k, start, _full, blocks = locate(
+        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+    )
     tiles_m = gl.cdiv(seqlen_q, C.block_m)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS
@@ -184,7 +265,8 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+          C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
@@ -200,7 +282,9 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
     nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, batch, head_k, start, _full, blocks = locate(
+        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+    )
     tiles_m = gl.cdiv(seqlen_q, C.block_m)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
@@ -211,8 +295,14 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
         head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
         row = (batch * nheads + head) * tiles_m + start_m // C.block_m
         if C.deterministic:
-            # Programs of earlier keys have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != tile_n:
+            turn = tile_n  # how many programs of earlier keys add to this tile
+            if window_left is not None:
+                first, _full = key_begin(
+                    start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n
+                )
+                turn -= first // C.block_n
+            # They have smaller numbers, so they are running or done.
+            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
