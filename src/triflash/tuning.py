@@ -70,6 +70,7 @@ class HopperBackwardConfig:
         block_n: keys of a program.
         width, width_v: what headdim and headdim_v are filled up to in shared memory.
         stages, dout_stages: blocks of q, and of dout, in shared memory.
+        late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
@@ -85,11 +86,13 @@ class HopperBackwardConfig:
     width_v: int
     stages: int
     dout_stages: int
+    late_dp: bool = False
     late_dv: bool = False
     fold: bool = True
     lag: bool = False
     backwards: bool = False
     wide: bool = False
+    registers: int = 192
     num_warps: int = 4
     num_stages: int = 1
 

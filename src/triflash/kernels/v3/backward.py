@@ -104,6 +104,15 @@ def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
 
 
 @gluon.jit
+def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """-delta as an accumulator."""
+    minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, LAYOUT))
+    dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT)
+    dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+    return dp_t
+
+
+@gluon.jit
 def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
              W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
@@ -154,13 +163,14 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
         mbarrier.wait(q_full.index(slot), phase)
         zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.fold:
+        if C.late_dp:
+            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp_t = zeros
+        elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
-            minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-            dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-            dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+            dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
             s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, is_async=True)
         else:
@@ -168,7 +178,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             mbarrier.wait(do_full.index(slot), phase)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
             if ALWAYS:  # ptxas moves nothing over a branch; without it it begins with too much
@@ -191,6 +201,11 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
                     p_t = gl.where(seen, p_t, 0.0)
             p_16 = p_t.to(q.dtype)
         p_16 = gl.convert_layout(p_16, gl.DotOperandLayout(0, LAYOUT_D, 2))
+        if C.late_dp:
+            mbarrier.wait(do_full.index(slot), phase)
+            if C.fold:
+                dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
+            dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
@@ -395,9 +410,10 @@ def _prepare(
          spec.seqlen_k, spec.features.window_left, spec.features.window_right),
         (
             Schedule(
-                block_m, block_n, config.stages, config.dout_stages, config.late_dv, config.fold,
+                block_m, block_n, config.stages, config.dout_stages, config.late_dp, config.late_dv, config.fold,
                 config.lag, config.backwards, spec.causal, spec.seqlen_k % block_n != 0,
                 spec.group_size > 1, spec.deterministic, inside, bool(spec.features.with_grad),
+                config.registers,
             ),
         ),
         config,

@@ -28,6 +28,7 @@ class Schedule:
     block_n: int
     stages: int
     dout_stages: int
+    late_dp: bool
     late_dv: bool
     fold: bool
     lag: bool
@@ -38,6 +39,7 @@ class Schedule:
     deterministic: bool  # programs add to a tile of dq in the order of their keys
     inside: bool  # all queries and keys of all tiles exist; modifications want to know
     scatter: bool  # gradients of aux are wanted
+    registers: int
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -297,10 +299,10 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
-                first, _full = key_begin(
+                begin = key_begin(
                     start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n
                 )
-                turn -= first // C.block_n
+                turn -= begin[0] // C.block_n
             # They have smaller numbers, so they are running or done.
             while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
