@@ -49,6 +49,8 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    ALWAYS = group_size > 0
+    zero = gl.minimum(group_size, 0)
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -75,22 +77,24 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
         zeros = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
-        dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if not C.late_dp:
+            mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
+            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-        s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         if ScoreMods is not None or MaskMod is not None:
-            q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
-            k_pos = positions(tile_n * KEYS, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-            head = head_of(i, head_k, blocks, group_size, C)
-            score = s * softmax_scale
-            p, derived = modified(
-                s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod, False,
-                C,
-            )  # fmt: skip
+            p, derived = s, s
+            if ALWAYS:
+                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
+                k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+                head = head_of(i, head_k, blocks, group_size, C)
+                p, derived = modified(
+                    s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
+                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod, False,
+                    C,
+                )  # fmt: skip
         else:
             p = gl.exp2(s * scale_log2 - lse[:, None])
             if C.causal or C.check_keys or WINDOW:
@@ -105,11 +109,17 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         p_smem.index(slot).store(p.to(q.dtype))
         fence_async_shared()
         mbarrier.arrive(p_full.index(slot), count=1)
+        if C.late_dp:
+            mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
+            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
-            ds = derive(ds, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
+            q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
+            k_pos = positions(tile_n * KEYS, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+            head = head_of(i, head_k, blocks, group_size, C)
+            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
                         True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
         ds_smem.index(slot).store(ds.to(q.dtype))
