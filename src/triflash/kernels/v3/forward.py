@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.runtime import driver
 
 from triflash import mods, tuning
+from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
@@ -66,6 +67,8 @@ class Schedule:
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
+    size_q: int | None  # of the blocks of a block mask
+    size_k: int | None
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -110,7 +113,15 @@ def blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M: g
 
 
 @gluon.jit
-def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.constexpr):
+def listed(BlockLists, batch, head, start_m, C: gl.constexpr):
+    """How many blocks of keys are listed for a tile of queries, at least 1, and their list."""
+    count, entries = block_list(BlockLists, batch, head, start_m // C.size_q)
+    return gl.maximum(count * (C.size_k // C.block_n), 1), entries
+
+
+@gluon.jit
+def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_right,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -130,12 +141,18 @@ def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.c
         start_m = tile_m * (ROWS * CONSUMERS)
         begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
+        if BlockLists is not None:
+            begin = 0
+            end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                fill(K, batch, head_k, (end - 1 - i) * BLOCK_N, k_full.index(n % STAGES_K),
-                     k_smem, n % STAGES_K, C.parts)  # fmt: skip
+                row = (end - 1 - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _ = visited(entries, row, C.size_k)
+                fill(K, batch, head_k, row, k_full.index(n % STAGES_K), k_smem, n % STAGES_K,
+                     C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
                     slot = t % STAGES_Q * CONSUMERS + w
@@ -147,8 +164,11 @@ def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.c
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                fill(V, batch, head_k, (end - i) * BLOCK_N, v_full.index(p % STAGES),
-                     v_smem, p % STAGES, C.parts_v)  # fmt: skip
+                row = (end - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _ = visited(entries, row, C.size_k)
+                fill(V, batch, head_k, row, v_full.index(p % STAGES), v_smem, p % STAGES,
+                     C.parts_v)  # fmt: skip
             n += 1
         n -= 1
         t += 1
@@ -201,8 +221,8 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, window_left,
-             window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
+             window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -224,6 +244,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
         scale_log2 = 1.0
     if ScoreMods is not None:  # which get scores in natural units
         scale_log2 = LOG2_E
+    LISTS: gl.constexpr = BlockLists is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
 
@@ -242,6 +263,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
         start_m += W * ROWS
         begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                            ROWS, BLOCK_N, C.causal)  # fmt: skip
+        if LISTS:
+            first, begin = 0, 0
+            last, entries = listed(BlockLists, batch, head, start_m, C)
+            end = last
         if start_m >= seqlen_q:  # queries that do not exist
             begin, end = first, first + 1
         n = pass_by(last - end, n, bars, W, C)  # later than all of this warpgroup's queries
@@ -272,15 +297,16 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
         release(k_empty.index(n % STAGES_K))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
+        start_n = (end - 1) * BLOCK_N
+        if LISTS:
+            start_n, _ = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
-            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, (end - 1) * BLOCK_N),
-                       seqlen_q, seqlen_k, ScoreMods)  # fmt: skip
+            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q,
+                       seqlen_k, ScoreMods)  # fmt: skip
         if C.causal or C.check_keys or WINDOW:
-            s = mask(s, q_idx, (end - 1) * BLOCK_N, seqlen_q, seqlen_k, window_left, window_right,
-                     C.causal)  # fmt: skip
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
         if MaskMod is not None:
-            k_idx = keys_of(s, (end - 1) * BLOCK_N)
-            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
         HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
         m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
@@ -293,11 +319,14 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
 
         for i in range(1, end - begin):
             block = end - 1 - i
+            start_n = block * BLOCK_N
             edge = block >= full
             if window_left is not None:
                 edge = edge | (block < inner)
+            if LISTS:
+                start_n, edge = visited(entries, start_n, C.size_k)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
-                                    scale_log2, batch, head, q_idx, block * BLOCK_N, edge, seqlen_q,
+                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
@@ -501,17 +530,23 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
     release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
-    if ScoreMods is not None:  # no keys past the end, which only the first block has
+    # Keys past the end are in the first block alone, but where it is a part of a listed one.
+    INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
+    if ScoreMods is not None:
         s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
-                   ScoreMods, True)  # fmt: skip
-    EDGES: gl.constexpr = C.causal or window_left is not None or window_right is not None
+                   ScoreMods, INSIDE)  # fmt: skip
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
         if edge:  # only blocks on the edge of the mask pay for it
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
     if MaskMod is not None:
-        k_idx = keys_of(s, start_n)
-        seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, True)
-        s = gl.where(seen, s, float("-inf"))
+        if C.size_k is None:
+            edge = True
+        if edge:
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
+                         INSIDE)  # fmt: skip
+            s = gl.where(seen, s, float("-inf"))
     m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
@@ -586,11 +621,11 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k", "window_left",
-                              "window_right"])  # fmt: skip
+                              "seqlen_q", "seqlen_k", "window_left", "window_right",
+                              "BlockLists"])  # fmt: skip
 def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, MaskMod, Sinks,
-                   softmax_scale, tiles, tiles_m, nheads, heads, group_size, section, seqlen_q,
-                   seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
+                   BlockLists, softmax_scale, tiles, tiles_m, nheads, heads, group_size, section,
+                   seqlen_q, seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
@@ -637,11 +672,11 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 1],
@@ -650,13 +685,13 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 2, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 4, 1],
@@ -665,15 +700,15 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 3, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 3, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 4, 4, 1],
@@ -734,6 +769,7 @@ def _prepare(
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
+    size_q, size_k = mods.block_sizes(spec.features)
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -750,6 +786,8 @@ def _prepare(
         causal=spec.causal,
         check_keys=spec.seqlen_k % config.block_n != 0,
         scale_sign=sign,
+        size_q=size_q,
+        size_k=size_k,
     )
     return Launch(
         forward_kernel,
@@ -771,7 +809,8 @@ def _prepare(
 def _arguments(features: Features, lse: Any, counter: Any, *extras: Any) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     sinks = extras[-1] if features.sinks else None
-    return lse, counter, *mods.for_forward(features, extras, approximate=True), sinks
+    modifications = mods.for_forward(features, extras, approximate=True)
+    return lse, counter, *modifications, sinks, mods.key_lists(features, extras)
 
 
 def _counter(device: torch.device) -> torch.Tensor:
