@@ -164,7 +164,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "mask_mod", "sinks", "varlen"}
+            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
         ),
         writes_gradients=True,
     ),
