@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triflash import mods, registry
 from triflash.kernels.common.launch import Launch
-from triflash.spec import Sequences, make_spec, make_varlen_spec
+from triflash.spec import PLAIN, Features, Sequences, make_spec, make_varlen_spec
 from triflash.target import Target
 from triflash.testing import Case
 
@@ -123,15 +123,10 @@ def record_call(
     q = empty(batch, seqlen, nheads, headdim)
     k = empty(batch, seqlen_k, nheads_k, headdim)
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
-    arguments = {}
+    features, extras = PLAIN, ()
     if feature is not None:
-        import test_mods  # here, so that its functions are what this process makes of them
-
-        fields = {**test_mods.FEATURED[feature], "causal": causal}
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, **fields)
-        arguments = of.extras(torch.device("meta"))
-    features, extras = mods.features_of(**arguments)
-    features = replace(features, with_grad=mods.differentiable(features, extras))
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal)
+        features, extras = features_for(of, feature)
     options = (softmax_scale, causal, False, allow_tf32, True, features, extras)
     keywords = {}
     if packed:
@@ -152,6 +147,15 @@ def record_call(
             arguments = (torch.empty_like(out), gradient, q, k, v, out, lse, saved, spec)
             row.load_backward()(*arguments, *given, **keywords)
     return launches
+
+
+def features_for(case: Case, feature: str) -> tuple[Features, tuple[torch.Tensor, ...]]:
+    """The features of the case with those of `test_mods.FEATURED`, but for causal."""
+    import test_mods  # here, so that its functions are what this process makes of them
+
+    case = replace(case, **{**test_mods.FEATURED[feature], "causal": case.causal})
+    features, extras = mods.features_of(**case.extras(torch.device("meta")))
+    return replace(features, with_grad=mods.differentiable(features, extras)), extras
 
 
 def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:

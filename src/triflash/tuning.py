@@ -7,7 +7,10 @@ memory and registers, compiled but not timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from math import gcd
 
 import torch
 
@@ -121,6 +124,23 @@ def tma_pays(spec: AttentionSpec, target: Target) -> bool:
     )
 
 
+def _within_blocks(
+    tiles: Callable[[AttentionSpec, Target, bool], TileConfig],
+) -> Callable[[AttentionSpec, Target, bool], TileConfig]:
+    """Tiles that divide the blocks of a block mask."""
+
+    @wraps(tiles)
+    def within(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+        config, blocks = tiles(spec, target, use_tma), spec.features.blocks
+        if blocks is None:
+            return config
+        block_m, block_n = gcd(config.block_m, blocks.size_q), gcd(config.block_n, blocks.size_k)
+        return replace(config, block_m=block_m, block_n=block_n)
+
+    return within
+
+
+@_within_blocks
 def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the forward kernel."""
     d = _widest(spec)
@@ -129,7 +149,8 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if _loads_modifications(spec):
         return _with_loads(spec, target)
     if spec.dtype == torch.float32:
-        if _modifies(spec) and d <= 64 and dot_precision(spec, target) == "ieee":
+        beside = _modifies(spec) or spec.features.sinks
+        if beside and d <= 64 and dot_precision(spec, target) == "ieee":
             return TileConfig(32, 64, 8, 2)  # 64 queries spill
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
@@ -150,7 +171,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
             # 4 warps have no registers left for windows and modifications.
             if spec.causal:
                 return TileConfig(128, 128, 8, 3)
-            return TileConfig(128, 64, 8 if spec.features.uses else 4, 2)
+            return TileConfig(128, 64, 8 if _in_the_loop(spec) else 4, 2)
         return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
     if _has_227_kib(target):
         return TileConfig(128, 64, 8, 2)
@@ -162,6 +183,7 @@ def v2_delta(spec: AttentionSpec, target: Target) -> TileConfig:
     return TileConfig(16, 1, 4, 1)
 
 
+@_within_blocks
 def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dk, dv kernel."""
     d = _widest(spec)
@@ -185,7 +207,7 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
             # masks on both sides and modified scores too: softcap 6.46 ms against 6.92 with 64
             # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32.
             roomy = _fills_tiles(spec) and not _masks_both_sides(spec)
-            roomy = roomy and spec.features.uses in ((), ("window",), ("alibi",))
+            roomy = roomy and _in_the_loop(spec) in ((), ("window",), ("alibi",))
             return TileConfig(64 if roomy else 32, 64, 4, 2)
         # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
@@ -196,6 +218,7 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
+@_within_blocks
 def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dq kernel."""
     d = _widest(spec)
@@ -255,9 +278,14 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages_q = 2
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
+        if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
+            consumers, block_n, most = 3, 64, 6
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
-        consumers, block_n, most = 2, 128, 3
+        # 128 leave no registers for what score modifications load, which may be as large as the
+        # scores, nor for modifications beside masks on both sides.
+        tight = _loads_scores(spec) or (spec.features.mods and _masks_both_sides(spec))
+        consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
@@ -283,8 +311,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2,
+        # with d256 causal at 16384: no difference; full 716 against 683. Modifications need them.
+        q_in_registers=consumers == 2 and not spec.features.mods,
         alias=alias,
     )
 
@@ -540,6 +568,11 @@ def _loads_modifications(spec: AttentionSpec) -> bool:
     )
 
 
+def _loads_scores(spec: AttentionSpec) -> bool:
+    """Whether users' score modifications load from tensors."""
+    return _loads_modifications(replace(spec, features=replace(spec.features, mask_mod=None)))
+
+
 def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
     """A forward tile that leaves room for a float32 tile in each stage."""
     d = _widest(spec)
@@ -563,6 +596,11 @@ def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
 def _masks_both_sides(spec: AttentionSpec) -> bool:
     """Whether a window is checked on its left, and its right side is none of causal's."""
     return spec.features.window_left is not None and not spec.causal
+
+
+def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
+    """The features that take registers in a kernel's loop; a sink comes behind it."""
+    return tuple(feature for feature in spec.features.uses if feature != "sinks")
 
 
 def _modifies(spec: AttentionSpec) -> bool:
