@@ -95,7 +95,6 @@ class HopperBackwardConfig:
     lag: bool = False
     backwards: bool = False
     wide: bool = False
-    registers: int = 192
     num_warps: int = 4
     num_stages: int = 1
 
@@ -333,8 +332,15 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
-    backwards = spec.causal and spec.deterministic
+    backwards = spec.deterministic and (spec.causal or "window" in spec.features.uses)
     d = _widest(spec)
+    if d <= 64 and spec.features.mods:
+        # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
+        # of p is not p: then p must go before.
+        return HopperBackwardConfig(
+            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in spec.features.uses,
+            fold=False, backwards=backwards,
+        )  # fmt: skip
     if d <= 64:
         if spec.deterministic:
             return HopperBackwardConfig(128, 128, 64, 64, 2, 2, backwards=backwards)

@@ -17,7 +17,8 @@ a row. With deterministic=True programs add to a tile of dq in the order of thei
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -56,7 +57,7 @@ from triflash.kernels.v3.backward_shared import (
     producer,
 )
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, tile, view
-from triflash.spec import AttentionSpec
+from triflash.spec import AttentionSpec, Features
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -196,6 +197,8 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             if C.causal or C.check_keys or WINDOW:
                 if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
                     q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
+                    if WINDOW:
+                        q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
                                    window_left, window_right)  # fmt: skip
                     p_t = gl.where(seen, p_t, 0.0)
@@ -328,23 +331,40 @@ def backward(
     dlse are contiguous.
     """
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    modifications, dextras = mods.for_backward(spec.features, extras)
+    features = spec.features
+    aux_sums = mods.aux_sums(features, extras)
     if 0 in (dq.numel(), dk.numel()):
-        return dq.zero_(), dk.zero_(), dv.zero_(), *dextras()
+        delta = torch.zeros_like(lse) if dlse is None else -dlse
+        dextras = mods.gradients(features, extras, aux_sums, lse, delta)
+        return dq.zero_(), dk.zero_(), dv.zero_(), *dextras
     if not tma_can_read(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
         aligned(dout, out, lse), dlse is not None and aligned(dlse), kinds(*extras),
+        tuple(aux_sums),
     )  # fmt: skip
     sums = q.new_empty(plan.sums, dtype=torch.float32)
     stats = q.new_empty(plan.stats, dtype=torch.float32)
     turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
     plan.before(out, dout, lse, lse if dlse is None else dlse, stats, sums)
-    with mods.explained(spec.features) if spec.features.mods else nullcontext():
-        plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, *modifications)
+    with mods.explained(features) if features.mods else nullcontext():
+        plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, *extras, *aux_sums.values())
     plan.after(sums, dq)
-    return dq, dk, dv, *dextras()
+    if not features.with_grad:
+        return dq, dk, dv
+    delta = -stats.view(*lse.shape[:2], -1, 2, plan.block_m)[..., 1, :].flatten(2)
+    dextras = mods.gradients(features, extras, aux_sums, lse, delta[..., : spec.seqlen_q])
+    return dq, dk, dv, *dextras
+
+
+def _arguments(
+    features: Features, names_of_sums: tuple[str, ...], turn: Any, *tensors: Any
+) -> tuple[Any, ...]:
+    """The kernel's arguments behind its descriptors."""
+    extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
+    named = dict(zip(names_of_sums, aux_sums, strict=True))
+    return turn, *mods.backward_arguments(features, extras, named, approximate=True)
 
 
 @dataclass(frozen=True)
@@ -357,6 +377,7 @@ class Plan:
     sums: tuple[int, int]
     stats: tuple[int, int]
     turn: int
+    block_m: int
 
 
 @lru_cache(maxsize=4096)
@@ -371,6 +392,7 @@ def _prepare(
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
     kinds_of_extras: tuple[object, ...],
+    names_of_sums: tuple[str, ...],
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
@@ -410,14 +432,15 @@ def _prepare(
          spec.seqlen_k, spec.features.window_left, spec.features.window_right),
         (
             Schedule(
-                block_m, block_n, config.stages, config.dout_stages, config.late_dp, config.late_dv, config.fold,
-                config.lag, config.backwards, spec.causal, spec.seqlen_k % block_n != 0,
-                spec.group_size > 1, spec.deterministic, inside, bool(spec.features.with_grad),
-                config.registers,
+                block_m, block_n, config.stages, config.dout_stages, config.late_dp,
+                config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
+                spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic, inside,
+                bool(names_of_sums),
             ),
         ),
         config,
         views,
+        partial(_arguments, spec.features, names_of_sums),
     )  # fmt: skip
     after = Launch(
         after_kernel,
@@ -426,4 +449,4 @@ def _prepare(
         (spec.headdim, block_m, width),
         around,
     )
-    return Plan(before, backward, after, sums, stats, tiles)
+    return Plan(before, backward, after, sums, stats, tiles, block_m)

@@ -46,7 +46,6 @@ class Schedule:
     deterministic: bool  # programs add to a tile of dq in the order of their keys
     inside: bool  # all queries and keys of all tiles exist; modifications want to know
     scatter: bool  # gradients of aux are wanted
-    registers: int
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma

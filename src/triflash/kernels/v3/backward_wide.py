@@ -237,5 +237,5 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
                      C)),
         ],
         [4, 4, 1, 1],
-        [C.registers, C.registers, 24, 24],
+        [192, 192, 24, 24],
     )  # fmt: skip
