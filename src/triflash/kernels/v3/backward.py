@@ -218,7 +218,9 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
         if C.scatter:
-            q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+            # LLVM does not know this 0, or it would keep the addresses that scores were modified by.
+            zero = gl.minimum(group_size, 0)
+            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[None, :]
             head = head_of(i, head_k, blocks, group_size, C)
             ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                           ScoreMods, True, C.inside)  # fmt: skip

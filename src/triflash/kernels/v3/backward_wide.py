@@ -116,8 +116,8 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
-            q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
-            k_pos = positions(tile_n * KEYS, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[:, None]
+            k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
             head = head_of(i, head_k, blocks, group_size, C)
             ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
                         True, C.inside)  # fmt: skip
