@@ -277,6 +277,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
             consumers, block_n, most = 3, 64, 6
+        if spec.features.blocks is not None:  # which have 128 queries, or a multiple
+            consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
         # 128 leave no registers for what score modifications load, which may be as large as the
@@ -288,6 +290,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
         alias = widths == widths_v == (256,)
         consumers, block_n, most = 2, 64, 2 if alias else 3
+    if spec.features.blocks is not None:
+        block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
     free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
@@ -298,7 +302,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         stages_q,
         consumers,
-        dynamic=spec.causal,
+        dynamic=spec.causal or spec.features.blocks is not None,
         section=section,
         widths=widths,
         widths_v=widths_v,

@@ -150,7 +150,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _ = visited(entries, row, C.size_k)
+                    row, _partial = visited(entries, row, C.size_k)
                 fill(K, batch, head_k, row, k_full.index(n % STAGES_K), k_smem, n % STAGES_K,
                      C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
@@ -166,7 +166,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
                 row = (end - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _ = visited(entries, row, C.size_k)
+                    row, _partial = visited(entries, row, C.size_k)
                 fill(V, batch, head_k, row, v_full.index(p % STAGES), v_smem, p % STAGES,
                      C.parts_v)  # fmt: skip
             n += 1
@@ -299,7 +299,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         s = signed(s, C.scale_sign)
         start_n = (end - 1) * BLOCK_N
         if LISTS:
-            start_n, _ = visited(entries, start_n, C.size_k)
+            start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
             s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q,
                        seqlen_k, ScoreMods)  # fmt: skip
