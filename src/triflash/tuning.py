@@ -43,6 +43,7 @@ class HopperConfig:
         hold: p v overlaps all of the softmax, not only its maximum.
         turns: warpgroups issue their products one after the other.
         q_in_registers: q comes from registers, its first part at least.
+        half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
@@ -59,6 +60,7 @@ class HopperConfig:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool = False
     alias: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -282,8 +284,9 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
         # 128 leave no registers for what score modifications load, which may be as large as the
-        # scores, nor for modifications beside masks on both sides.
-        tight = _loads_scores(spec) or (spec.features.mods and _masks_both_sides(spec))
+        # scores, nor for them beside a mask's modification or masks on both sides.
+        masks = spec.features.mask_mod is not None or _masks_both_sides(spec)
+        tight = _loads_scores(spec) or (_modifies(spec) and masks)
         consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
