@@ -332,12 +332,12 @@ def for_forward(
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
-def key_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
     return _lists(features, extras, BLOCK_LISTS[:2])
 
 
-def query_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def query_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same for kernels that own keys."""
     return _lists(features, extras, BLOCK_LISTS[2:])
 
@@ -349,13 +349,14 @@ def block_sizes(features: Features) -> tuple[int | None, int | None]:
 
 
 def _lists(
-    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+    features: Features, extras: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[Any, ...] | None:
     if features.blocks is None:
         return None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     counts, entries = (named[name] for name in names)
-    batch, nheads, rows, length = entries.shape
+    # Not of the tensor, which may be its address.
+    batch, nheads, rows, length = features.blocks.shapes[BLOCK_LISTS.index(names[1])]
     return (
         counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
     )  # fmt: skip

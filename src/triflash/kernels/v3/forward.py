@@ -61,6 +61,7 @@ class Schedule:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool
     alias: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
@@ -150,7 +151,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _ = visited(entries, row, C.size_k)
+                    row, _partial = visited(entries, row, C.size_k)
                 fill(K, batch, head_k, row, k_full.index(n % STAGES_K), k_smem, n % STAGES_K,
                      C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
@@ -166,7 +167,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
                 row = (end - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _ = visited(entries, row, C.size_k)
+                    row, _partial = visited(entries, row, C.size_k)
                 fill(V, batch, head_k, row, v_full.index(p % STAGES), v_smem, p % STAGES,
                      C.parts_v)  # fmt: skip
             n += 1
@@ -237,7 +238,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     )
     _tiles, _tiles_m, nheads, _heads, _group_size, _section, seqlen_q, seqlen_k = sizes
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[4] == 256
+    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[4] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
@@ -299,7 +300,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         s = signed(s, C.scale_sign)
         start_n = (end - 1) * BLOCK_N
         if LISTS:
-            start_n, _ = visited(entries, start_n, C.size_k)
+            start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
             s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q,
                        seqlen_k, ScoreMods)  # fmt: skip
@@ -738,7 +739,7 @@ def forward(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras)
     )
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
-    with mods.explained(spec.features) if spec.features.mods else nullcontext():
+    with nullcontext() if launch.compiled else mods.explained(spec.features):
         launch(q, k, v, out, q, k, v, out, lse, counter, *extras)
     return out, lse, []
 
@@ -780,6 +781,7 @@ def _prepare(
         hold=config.hold,
         turns=config.turns,
         q_in_registers=config.q_in_registers,
+        half_q=config.half_q,
         alias=config.alias,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
