@@ -96,6 +96,11 @@ FEATURED = {
     "blocks, sinks": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 64), "sinks": FLOAT,
     },
+    "large blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
+    "larger blocks, alibi": {
+        "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (256, 256), "block_heads": True,
+        "alibi": "heads", "causal": True,
+    },
 }  # fmt: skip
 LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
 

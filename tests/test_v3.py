@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,15 @@ import triton.language as tl
 from helpers import unexplained_races
 
 from triflash import attention, mods, registry
-from triflash.spec import PLAIN, Sequences, make_spec, make_varlen_spec
+from triflash.spec import (
+    FEATURES,
+    PLAIN,
+    Blocks,
+    Features,
+    Sequences,
+    make_spec,
+    make_varlen_spec,
+)
 from triflash.target import Target, target_of
 from triflash.testing import Case, make_inputs
 
@@ -109,6 +118,14 @@ CALLS = {
         "seqused": True,
     },
     "bf16-128-causal-sinks": {"headdim": 128, "causal": True, "feature": "sinks"},
+    "bf16-64-causal-blocks": {"headdim": 64, "causal": True, "feature": "large blocks"},
+    "bf16-128-blocks-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "large blocks"},
+    "bf16-128-blocks of 256": {
+        "headdim": 128,
+        "causal": True,
+        "seqlen_k": 900,
+        "feature": "larger blocks, alibi",
+    },
     "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
     "bf16-256-causal-documents": {"headdim": 256, "causal": True, "feature": "documents"},
 }
@@ -222,7 +239,7 @@ def launches_of(
             launches.clear()
             gradient = torch.empty_like(lse) if dlse else None
             dout = torch.empty_like(out)
-            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec, **keywords)
+            row.load_backward()(dout, gradient, q, k, v, out, lse, saved, spec, extras, **keywords)
     return launches
 
 
@@ -386,6 +403,16 @@ def test_refusals_say_why(change, words):
     supported = torch.empty(1, 8, 2, 64, dtype=BF16, device="meta")
     spec = make_spec(supported, supported, supported, None, False, False, False)
     assert registry.get("v3").supports(spec, Target("cuda", "sm_90", 132)) is None
+
+
+def test_small_blocks_of_a_block_mask_are_refused():
+    row = replace(registry.get("v3"), features=frozenset(FEATURES))
+    for size_q, size_k, refused in ((64, 128, True), (128, 192, True), (256, 128, False)):
+        blocks = Blocks(size_q, size_k, 1, 1, 128, 128)
+        spec = replace(Case(dtype=BF16).spec(), features=Features(blocks=blocks))
+        reason = row.supports(spec, HOPPER)
+        assert (reason is not None) == refused
+        assert reason is None or f"multiples of 128, not {size_q} x {size_k}" in reason
 
 
 def test_an_old_triton_is_refused(monkeypatch):

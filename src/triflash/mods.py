@@ -18,10 +18,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -332,12 +332,12 @@ def for_forward(
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
-def key_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
     return _lists(features, extras, BLOCK_LISTS[:2])
 
 
-def query_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def query_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same for kernels that own keys."""
     return _lists(features, extras, BLOCK_LISTS[2:])
 
@@ -349,13 +349,14 @@ def block_sizes(features: Features) -> tuple[int | None, int | None]:
 
 
 def _lists(
-    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+    features: Features, extras: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[Any, ...] | None:
     if features.blocks is None:
         return None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     counts, entries = (named[name] for name in names)
-    batch, nheads, rows, length = entries.shape
+    # Not of the tensor, which may be its address.
+    batch, nheads, rows, length = features.blocks.shapes[BLOCK_LISTS.index(names[1])]
     return (
         counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
     )  # fmt: skip
@@ -370,29 +371,60 @@ def for_backward(
     """
     if features is PLAIN:
         return (None, None), lambda lse, delta: []
+    sums = aux_sums(features, extras)
+    arguments = backward_arguments(features, extras, sums)
+    return arguments, partial(gradients, features, extras, sums)
+
+
+def aux_sums(features: Features, extras: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What kernels of a backward add gradients of aux to, by name: float32, 0."""
     named = features.named(extras)
-    sums: dict[str, Tensor] = {}
+    return {
+        name: torch.zeros_like(named[name], dtype=torch.float32)
+        for mod in features.score_mods
+        if any(name in features.with_grad for name in mod.aux)
+        for name in mod.aux
+        if isinstance(name, str) and named[name].is_floating_point()
+    }
+
+
+def backward_arguments(
+    features: Features,
+    extras: tuple[Any, ...],
+    sums: Mapping[str, Any],
+    approximate: bool = False,
+) -> tuple[Any, Any]:
+    """ScoreMods and MaskMod of a backward; `sums` as from `aux_sums`, the rest as `for_forward`."""
+    if not features.mods:
+        return None, None
+    named = features.named(extras)
     scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
-        known = get(mod.key)
+        known = get(mod.key, approximate)
         entry: tuple[Any, ...] = (known.function, _values(mod, named), known.derivative)
-        if any(a in features.with_grad for a in mod.aux):
-            floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
-            for name in floating:
-                sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
-            entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
+        if any(name in features.with_grad for name in mod.aux):
+            grads = tuple(sums[name] for name in mod.aux if name in sums)
+            entry = (*entry, known.gradient, grads)
         scores.append(entry)
+    return tuple(scores) or None, for_forward(features, extras)[1]
 
-    def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
-        if "sinks" in features.with_grad:
-            sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
-        return [
-            sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
-            for name in features.names
-            if name in features.with_grad
-        ]
 
-    return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+def gradients(
+    features: Features,
+    extras: tuple[Tensor, ...],
+    sums: dict[str, Tensor],
+    lse: Tensor,
+    delta: Tensor,
+) -> list[Tensor]:
+    """The gradients of extras, once kernels have run; lse and delta as in `gradient_of_sinks`."""
+    named = features.named(extras)
+    if "sinks" in features.with_grad:
+        sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
+    return [
+        sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
+        for name in features.names
+        if name in features.with_grad
+    ]
 
 
 def gradient_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

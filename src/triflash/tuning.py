@@ -43,6 +43,7 @@ class HopperConfig:
         hold: p v overlaps all of the softmax, not only its maximum.
         turns: warpgroups issue their products one after the other.
         q_in_registers: q comes from registers, its first part at least.
+        half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
@@ -59,6 +60,7 @@ class HopperConfig:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool = False
     alias: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -73,6 +75,7 @@ class HopperBackwardConfig:
         block_n: keys of a program.
         width, width_v: what headdim and headdim_v are filled up to in shared memory.
         stages, dout_stages: blocks of q, and of dout, in shared memory.
+        late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
@@ -88,6 +91,7 @@ class HopperBackwardConfig:
     width_v: int
     stages: int
     dout_stages: int
+    late_dp: bool = False
     late_dv: bool = False
     fold: bool = True
     lag: bool = False
@@ -277,17 +281,22 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
             consumers, block_n, most = 3, 64, 6
+        if spec.features.blocks is not None:  # which have 128 queries, or a multiple
+            consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
         # 128 leave no registers for what score modifications load, which may be as large as the
-        # scores, nor for modifications beside masks on both sides.
-        tight = _loads_scores(spec) or (spec.features.mods and _masks_both_sides(spec))
+        # scores, nor for them beside a mask's modification or masks on both sides.
+        masks = spec.features.mask_mod is not None or _masks_both_sides(spec)
+        tight = _loads_scores(spec) or (_modifies(spec) and masks)
         consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
         alias = widths == widths_v == (256,)
         consumers, block_n, most = 2, 64, 2 if alias else 3
+    if spec.features.blocks is not None:
+        block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
     free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
@@ -298,7 +307,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         stages_q,
         consumers,
-        dynamic=spec.causal or spec.varlen is not None,
+        dynamic=spec.causal or spec.varlen is not None or spec.features.blocks is not None,
         section=section,
         widths=widths,
         widths_v=widths_v,
@@ -330,8 +339,15 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
-    backwards = spec.causal and spec.deterministic
+    backwards = spec.deterministic and (spec.causal or "window" in spec.features.uses)
     d = _widest(spec)
+    if d <= 64 and spec.features.mods:
+        # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
+        # of p is not p: then p must go before.
+        return HopperBackwardConfig(
+            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in spec.features.uses,
+            fold=False, backwards=backwards,
+        )  # fmt: skip
     if d <= 64:
         if spec.deterministic:
             return HopperBackwardConfig(128, 128, 64, 64, 2, 2, backwards=backwards)

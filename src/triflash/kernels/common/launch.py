@@ -51,6 +51,11 @@ class Launch:
         self._launcher: _Launcher | None = None
         self._bound: dict[tuple[int, ...], list[Any]] = {}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the next call only runs the kernel."""
+        return self._run is not None
+
     def __call__(self, *tensors: Any) -> None:
         """Run on the current device and stream."""
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls

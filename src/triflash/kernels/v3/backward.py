@@ -15,8 +15,10 @@ sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 o
 a row. With deterministic=True programs add to a tile of dq in the order of their keys.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -28,15 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triflash import tuning
+from triflash import mods, tuning
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
     entry_strides,
+    kinds,
     strides_of,
     tma_can_read,
 )
 from triflash.kernels.common.mask import visible
+from triflash.kernels.common.mods import derive
 from triflash.kernels.common.softmax import LOG2_E
 from triflash.kernels.v3 import backward_wide
 from triflash.kernels.v3.backward_shared import (
@@ -44,19 +48,24 @@ from triflash.kernels.v3.backward_shared import (
     PART,
     PART_COLUMNS,
     PART_ROWS,
-    SIZES,
+    UNSPECIALIZED,
     Schedule,
     adder,
     after_kernel,
     before_kernel,
+    edges,
+    head_of,
     locate,
+    masked,
+    modified,
     next_block,
     pack,
+    positions,
     producer,
 )
 from triflash.kernels.v3.packed import list_launch, most_blocks
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
-from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
+from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -104,7 +113,17 @@ def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
 
 
 @gluon.jit
-def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
+def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """-delta as an accumulator."""
+    minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, LAYOUT))
+    dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT)
+    dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+    return dp_t
+
+
+@gluon.jit
+def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+             W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
@@ -113,23 +132,28 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     group_size = sizes[2]
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
+    ALWAYS = group_size > 0
     BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
-    tile_n, _batch, _head_k, start, full, blocks, places = locate(sizes, C)
+    tile_n, batch, head_k, start, full, blocks, places = locate(sizes, window_left, window_right, C)
     _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
+    k_pos = tile_n * C.block_n + W * KEYS
+    k_pos += gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
     # Masks count from the first query and the first key that it sees, which saves registers.
-    k_idx = tile_n * C.block_n + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+    k_idx = k_pos
     keys = seqlen_k
-    if C.causal:
+    if C.causal or WINDOW:
         k_idx -= start + seqlen_k - seqlen_q
-        keys = 0
+        keys = 0 if C.causal else keys - (start + seqlen_k - seqlen_q)
     elif C.packed:
         k_idx -= seqlen_k
         keys = 0
-    edge = gl.cdiv(full - start, BLOCK_M)
+    edge = edges(start, full, C)
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, W)
     v = tile(v_smem, W)
@@ -150,13 +174,14 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
         mbarrier.wait(q_full.index(slot), phase)
         zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.fold:
+        if C.late_dp:
+            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp_t = zeros
+        elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
-            minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-            dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-            dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+            dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
             s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, is_async=True)
         else:
@@ -164,14 +189,36 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(do_full.index(slot), phase)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
-        if C.causal or C.check_keys:
-            if m < edge:  # only tiles on the edge of the mask pay for it
-                q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
-                seen = visible(q_idx, k_idx, 0, keys, C.causal, KEYS_ARE_ROWS=True)
-                p_t = gl.where(seen, p_t, 0.0)
-        p_16 = gl.convert_layout(p_t.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_D, 2))
+        s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
+        if MODIFIED:
+            p_16, ds_t = s_t.to(q.dtype), s_t
+            if ALWAYS:  # ptxas moves nothing over a branch; without it it begins with too much
+                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+                head = head_of(i, head_k, blocks, group_size, C)
+                p_t, ds_t = modified(
+                    s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
+                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod,
+                    True, C,
+                )  # fmt: skip
+                p_16 = p_t.to(q.dtype)
+            p_t = ds_t
+        else:
+            p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
+            if C.causal or C.check_keys or WINDOW:
+                if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
+                    q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
+                    if WINDOW:
+                        q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+                    seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
+                                   window_left, window_right)  # fmt: skip
+                    p_t = gl.where(seen, p_t, 0.0)
+            p_16 = p_t.to(q.dtype)
+        p_16 = gl.convert_layout(p_16, gl.DotOperandLayout(0, LAYOUT_D, 2))
+        if C.late_dp:
+            mbarrier.wait(do_full.index(slot), phase)
+            if C.fold:
+                dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
+            dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
@@ -179,7 +226,15 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
             dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         if not C.fold:
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
-        ds_t = (p_t * dp_t).to(q.dtype)
+        ds_t = p_t * dp_t
+        if C.scatter:
+            # LLVM does not know this 0, or it would keep the addresses that scores were modified by.
+            zero = gl.minimum(group_size, 0)
+            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[None, :]
+            head = head_of(i, head_k, blocks, group_size, C)
+            ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
+                          ScoreMods, True, C.inside)  # fmt: skip
+        ds_t = ds_t.to(q.dtype)
         if C.late_dv:
             dv = warpgroup_mma(p_16, dout, dv, is_async=True)
         ds_16 = gl.convert_layout(ds_t, gl.DotOperandLayout(0, LAYOUT_D, 2))
@@ -221,10 +276,10 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     mbarrier.arrive(done.index(0), count=1)
 
 
-@gluon.jit(do_not_specialize=SIZES)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_scale, nheads,
-                    nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
-                    C: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
+                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
+                    window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
     Blocks is the list of blocks of keys of packed sequences, else None, as most_k and most_q are:
@@ -263,14 +318,17 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, softmax_sc
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, most_k, most_q)
     gl.warp_specialize(
         [
-            (consumer, (shared, softmax_scale, sizes, 0, C)),
-            (consumer, (shared, softmax_scale, sizes, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, C)),
-            (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, C)),
+            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                        MaskMod, 0, C)),
+            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                        MaskMod, 1, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C)),
+            (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+                     C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
-    )
+    )  # fmt: skip
 
 
 def backward(
@@ -283,24 +341,31 @@ def backward(
     lse: torch.Tensor,
     saved: list[torch.Tensor],
     spec: AttentionSpec,
+    extras: tuple[torch.Tensor, ...] = (),
     sequences: Sequences = NOT_PACKED,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    They are contiguous, or `grads`, which are written and lie as TMA can write. Needs `spec.tma`.
-    dout needs a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse
-    and dlse are contiguous.
+    Behind them the gradients of extras that `spec.features.with_grad` names. dq, dk, dv are
+    contiguous, or `grads`, which are written and lie as TMA can write. Needs `spec.tma`. dout needs
+    a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse and dlse
+    are contiguous.
     """
     dq, dk, dv = grads or (t.new_empty(t.shape) for t in (q, k, v))
+    features = spec.features
+    aux_sums = mods.aux_sums(features, extras)
     if 0 in (dq.numel(), dk.numel()):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        delta = torch.zeros_like(lse) if dlse is None else -dlse
+        dextras = mods.gradients(features, extras, aux_sums, lse, delta)
+        return dq.zero_(), dk.zero_(), dv.zero_(), *dextras
     if not tma_can_read(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
         None if dq.is_contiguous() else dq.stride(), dk.stride(), dv.stride(),
-        aligned(dout, out, lse), dlse is not None and aligned(dlse), sequences.given,
+        aligned(dout, out, lse), dlse is not None and aligned(dlse), kinds(*extras),
+        tuple(aux_sums), sequences.given,
     )  # fmt: skip
     sums = q.new_empty(plan.sums, dtype=torch.float32)
     stats = q.new_empty(plan.stats, dtype=torch.float32)
@@ -312,9 +377,39 @@ def backward(
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     dlse = lse if dlse is None else dlse
     plan.before(out, dout, lse, dlse, stats, sums, cu_seqlens_q, seqused_q)
-    plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, blocks)
+    with mods.explained(features) if features.mods else nullcontext():
+        arguments = (q, k, v, dout, stats, sums, dk, dv, turn, blocks)
+        plan.backward(*arguments, *extras, *aux_sums.values())
     plan.after(sums, dq, cu_seqlens_q)
-    return dq, dk, dv
+    if not features.with_grad:
+        return dq, dk, dv
+    delta = -_rows_of(stats, plan.block_m, spec, cu_seqlens_q)
+    return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
+
+
+def _rows_of(
+    stats: torch.Tensor, block_m: int, spec: AttentionSpec, cu_seqlens_q: torch.Tensor | None
+) -> torch.Tensor:
+    """What before_kernel stored last for each row, in lse's shape."""
+    if cu_seqlens_q is None:
+        tiles = stats.view(spec.batch, spec.nheads, -1, 2, block_m)
+        return tiles[..., 1, :].flatten(2)[..., : spec.seqlen_q]
+    total_q, _ = spec.totals
+    rows = torch.arange(total_q, dtype=torch.int32, device=stats.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], rows, right=True).clamp(max=spec.batch - 1)
+    start = cu_seqlens_q[sequence]
+    block = start // block_m + sequence + (rows - start) // block_m
+    return stats.view(spec.nheads, -1, 2, block_m)[:, block, 1, (rows - start) % block_m]
+
+
+def _arguments(
+    features: Features, names_of_sums: tuple[str, ...], turn: Any, blocks: Any, *tensors: Any
+) -> tuple[Any, ...]:
+    """The kernel's arguments behind its descriptors."""
+    extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
+    named = dict(zip(names_of_sums, aux_sums, strict=True))
+    modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    return turn, blocks, *modifications
 
 
 @dataclass(frozen=True)
@@ -329,6 +424,7 @@ class Plan:
     turn: int
     list_blocks: Launch | None  # of packed sequences
     list_shape: tuple[int, ...]
+    block_m: int
 
 
 @lru_cache(maxsize=4096)
@@ -345,6 +441,8 @@ def _prepare(
     stride_dv: tuple[int, ...],
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
+    kinds_of_extras: tuple[object, ...],
+    names_of_sums: tuple[str, ...],
     given: tuple[bool, ...],
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
@@ -371,6 +469,9 @@ def _prepare(
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
     describe = ragged_view if packed else view
     keys = KEYS.value
+    # Only modifications ask, so that nothing else is compiled anew.
+    inside = bool(spec.features.mods) and not packed
+    inside = inside and spec.seqlen_q % block_m == spec.seqlen_k % block_n == 0
     sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
     stats = (tiles, 2 * block_m)
     views = (
@@ -396,17 +497,18 @@ def _prepare(
         backward_wide.backward_kernel if config.wide else backward_kernel,
         programs,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k, most_k, most_q),
+         spec.seqlen_k, most_k, most_q, spec.features.window_left, spec.features.window_right),
         (
             Schedule(
-                block_m, block_n, config.stages, config.dout_stages, config.late_dv, config.fold,
-                config.lag, config.backwards, spec.causal,
+                block_m, block_n, config.stages, config.dout_stages, config.late_dp,
+                config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
                 packed or spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic,
-                packed,
+                packed, inside, bool(names_of_sums),
             ),
         ),
         config,
         views,
+        partial(_arguments, spec.features, names_of_sums),
     )  # fmt: skip
     after = Launch(
         after_kernel,
@@ -416,4 +518,4 @@ def _prepare(
         (spec.headdim, block_m, width),
         around,
     )  # fmt: skip
-    return Plan(before, backward, after, sums, stats, tiles, list_blocks, list_shape)
+    return Plan(before, backward, after, sums, stats, tiles, list_blocks, list_shape, block_m)

@@ -14,10 +14,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from triflash.kernels.common.mask import query_range
-from triflash.kernels.common.softmax import lse_to_log2
+from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mods import derive, modify, shown
+from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.varlen import PACKED, lse_offset
-from triflash.kernels.v3.packed import listed, place_of_block
+from triflash.kernels.v3.packed import place_at, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
     fence_async_global,
@@ -36,6 +37,7 @@ class Schedule:
     block_n: int
     stages: int
     dout_stages: int
+    late_dp: bool
     late_dv: bool
     fold: bool
     lag: bool
@@ -45,14 +47,21 @@ class Schedule:
     gqa: bool
     deterministic: bool  # programs add to a tile of dq in the order of their keys
     packed: bool
+    inside: bool  # all queries and keys of all tiles exist; modifications want to know
+    scatter: bool  # gradients of aux are wanted
 
 
-SIZES = ["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "most_k", "most_q"]
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
 PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
 PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
 PART_COLUMNS = gl.constexpr(128)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
+
+# Parameters of the kernels that programs are not compiled anew for.
+UNSPECIALIZED = [
+    "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "most_k", "most_q", "window_left",
+    "window_right",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
@@ -152,16 +161,18 @@ def pack(part):
 
 
 @gluon.jit
-def locate(sizes, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, queries that need a mask,
-    blocks a head, (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)).
+def locate(sizes, window_left, window_right, C: gl.constexpr):
+    """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
+    Places are (entry_q, entry_k, rows_k, seqlen_q, seqlen_k).
+
+    Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
     _nheads, nheads_k, _group_size, seqlen_q, seqlen_k, Blocks, most_k, _most_q = sizes
     pid = gl.program_id(0)
     if C.packed:
-        start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = listed(
+        start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
             Blocks, pid % most_k
         )
         tile_n = start_n // C.block_n
@@ -175,17 +186,22 @@ def locate(sizes, C: gl.constexpr):
         entry_q = batch
         entry_k = batch
         rows_k = seqlen_k
+        start_n = tile_n * C.block_n
     start, full = query_range(
-        tile_n * C.block_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal
+        start_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal, window_right
     )
     if C.check_keys:
         if (tile_n + 1) * C.block_n > seqlen_k:
             full = seqlen_q
-    blocks = gl.cdiv(seqlen_q - start, C.block_m)
+    end, full_to = seqlen_q, seqlen_q
+    if window_left is not None:
+        full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+        end = gl.maximum(start, end)
+    blocks = gl.cdiv(end - start, C.block_m)
     if C.packed:
         blocks = gl.maximum(blocks, 0)
     places = (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)
-    return tile_n, batch, head_k, start, full, blocks, places
+    return tile_n, batch, head_k, start, (full, full_to), blocks, places
 
 
 @gluon.jit
@@ -239,12 +255,79 @@ def next_block(m, blocks, C: gl.constexpr):
 
 
 @gluon.jit
-def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
+def positions(start, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """start + arange, in a loop.
+
+    Added up so that a thread's positions are one register and constants; LLVM would compute arange
+    before the loop and keep it, 16 registers or more.
+    """
+    offs = gl.arange(0, BLOCK, LAYOUT)
+    return start + (offs & 6) + (offs & (BLOCK - 7))
+
+
+@gluon.jit
+def edges(start, full, C: gl.constexpr):
+    """`full` of `locate` in blocks from the first query on."""
+    return gl.cdiv(full[0] - start, C.block_m), (full[1] - start) // C.block_m
+
+
+@gluon.jit
+def masked(m, edge, window_left):
+    """Whether block m of a head needs a mask; edge is of `edges`."""
+    outside = m < edge[0]
+    if window_left is not None:
+        outside = outside | (m >= edge[1])
+    return outside
+
+
+@gluon.jit
+def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
+    """The head of step i, as in walk."""
+    head = head_k
+    if C.gqa:
+        head = head_k * group_size + i // blocks
+    return head
+
+
+@gluon.jit
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, edge,
+             window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
+             C: gl.constexpr):  # fmt: skip
+    """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
+
+    Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
+    with. Not if gradients of aux are wanted: then the second is p again.
+    """
+    if ScoreMods is not None:
+        score = s * softmax_scale
+        s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
+        p = gl.exp2(s * LOG2_E - lse)
+    else:
+        p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
+    if C.causal or C.check_keys or window_left is not None or window_right is not None:
+        if edge:
+            seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
+                           window_right)  # fmt: skip
+            p = gl.where(seen, p, 0.0)
+    if MaskMod is not None:
+        seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
+        p = gl.where(seen, p, 0.0)
+    derived = p
+    if ScoreMods is not None and not C.scatter:
+        derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
+                         C.inside)  # fmt: skip
+    return p, derived
+
+
+@gluon.jit
+def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: gl.constexpr):
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     group_size = sizes[2]
-    tile_n, batch, head_k, start, _full, blocks, places = locate(sizes, C)
+    tile_n, batch, head_k, start, _full, blocks, places = locate(
+        sizes, window_left, window_right, C
+    )
     entry_q, entry_k, _rows_k, seqlen_q, seqlen_k = places
     first, tiles_m = workspace(sizes, batch, places, C)
     for w in gl.static_range(C.block_n // KEYS):
@@ -268,7 +351,8 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+          C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
@@ -284,7 +368,10 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
     group_size = sizes[2]
-    tile_n, batch, head_k, start, _full, blocks, places = locate(sizes, C)
+    tile_n, batch, head_k, start, _full, blocks, places = locate(
+        sizes, window_left, window_right, C
+    )
+    seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
@@ -295,8 +382,12 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
         head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
         row = row_of(head, start_m, first, tiles_m, C)
         if C.deterministic:
-            # Programs of earlier keys have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != tile_n:
+            turn = tile_n  # how many programs of earlier keys add to this tile
+            if window_left is not None:
+                begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+                turn -= begin[0] // C.block_n
+            # They have smaller numbers, so they are running or done.
+            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):

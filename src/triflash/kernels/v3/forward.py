@@ -29,12 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.runtime import driver
 
 from triflash import mods, tuning
+from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
-from triflash.kernels.v3.packed import list_launch, listed, most_blocks
+from triflash.kernels.v3.packed import list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
     barriers,
     buffers,
@@ -62,12 +63,15 @@ class Schedule:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool
     alias: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
+    size_q: int | None  # of the blocks of a block mask
+    size_k: int | None
     packed: bool
     used_q: bool  # rows of packed q may take no part
 
@@ -119,7 +123,15 @@ def blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M: g
 
 
 @gluon.jit
-def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.constexpr):
+def listed(BlockLists, batch, head, start_m, C: gl.constexpr):
+    """How many blocks of keys are listed for a tile of queries, at least 1, and their list."""
+    count, entries = block_list(BlockLists, batch, head, start_m // C.size_q)
+    return gl.maximum(count * (C.size_k // C.block_n), 1), entries
+
+
+@gluon.jit
+def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_right,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -139,7 +151,9 @@ def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.c
     while index < tiles:
         if C.packed:
             i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
-            start_m, batch, entry_q, rows_q, seqlen_q, entry_k, _rows, seqlen_k = listed(Blocks, i)
+            start_m, batch, entry_q, rows_q, seqlen_q, entry_k, _rows, seqlen_k = place_at(
+                Blocks, i
+            )
         else:
             tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
             start_m = tile_m * (ROWS * CONSUMERS)
@@ -148,12 +162,18 @@ def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.c
         head_k = head // group_size
         begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
+        if BlockLists is not None:
+            begin = 0
+            end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                fill(K, entry_k, head_k, (end - 1 - i) * BLOCK_N, seqlen_k,
-                     k_full.index(n % STAGES_K), k_smem, n % STAGES_K, C.parts)  # fmt: skip
+                row = (end - 1 - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _partial = visited(entries, row, C.size_k)
+                fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
+                     n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
                     slot = t % STAGES_Q * CONSUMERS + w
@@ -169,8 +189,11 @@ def producer(shared, Q, K, V, Counter, sizes, window_left, window_right, C: gl.c
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                fill(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, v_full.index(p % STAGES),
-                     v_smem, p % STAGES, C.parts_v)  # fmt: skip
+                row = (end - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _partial = visited(entries, row, C.size_k)
+                fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
+                     p % STAGES, C.parts_v)  # fmt: skip
             n += 1
         n -= 1
         t += 1
@@ -224,8 +247,8 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, window_left,
-             window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
+             window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -240,13 +263,14 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
     )
     nheads, seqlen_q, seqlen_k, total_q = sizes[2], sizes[6], sizes[7], sizes[9]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[-1] == 256
+    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
     if ScoreMods is not None:  # which get scores in natural units
         scale_log2 = LOG2_E
+    LISTS: gl.constexpr = BlockLists is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
 
@@ -272,6 +296,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
         start_m += W * ROWS
         begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                            ROWS, BLOCK_N, C.causal)  # fmt: skip
+        if LISTS:
+            first, begin = 0, 0
+            last, entries = listed(BlockLists, batch, head, start_m, C)
+            end = last
         if start_m >= seqlen_q:  # queries that do not exist
             begin, end = first, first + 1
         n = pass_by(last - end, n, bars, W, C)  # later than all of this warpgroup's queries
@@ -305,15 +333,16 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
         release(k_empty.index(n % STAGES_K))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
+        start_n = (end - 1) * BLOCK_N
+        if LISTS:
+            start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
-            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, (end - 1) * BLOCK_N),
-                       length_q, length_k, ScoreMods)  # fmt: skip
+            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), length_q,
+                       length_k, ScoreMods)  # fmt: skip
         if C.causal or C.check_keys or WINDOW:
-            s = mask(s, q_idx, (end - 1) * BLOCK_N, seqlen_q, seqlen_k, window_left, window_right,
-                     C.causal)  # fmt: skip
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
         if MaskMod is not None:
-            k_idx = keys_of(s, (end - 1) * BLOCK_N)
-            seen = shown(batch, head, q_idx, k_idx, length_q, length_k, MaskMod)
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
         HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
         m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
@@ -326,11 +355,14 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes, 
 
         for i in range(1, end - begin):
             block = end - 1 - i
+            start_n = block * BLOCK_N
             edge = block >= full
             if window_left is not None:
                 edge = edge | (block < inner)
+            if LISTS:
+                start_n, edge = visited(entries, start_n, C.size_k)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
-                                    scale_log2, batch, head, q_idx, block * BLOCK_N, edge, seqlen_q,
+                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
@@ -538,17 +570,23 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
     release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
-    if ScoreMods is not None:  # no keys past the end, which only the first block has
+    # Keys past the end are in the first block alone, but where it is a part of a listed one.
+    INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
+    if ScoreMods is not None:
         s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
-                   ScoreMods, True)  # fmt: skip
-    EDGES: gl.constexpr = C.causal or window_left is not None or window_right is not None
+                   ScoreMods, INSIDE)  # fmt: skip
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
         if edge:  # only blocks on the edge of the mask pay for it
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
     if MaskMod is not None:
-        k_idx = keys_of(s, start_n)
-        seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, True)
-        s = gl.where(seen, s, float("-inf"))
+        if C.size_k is None:
+            edge = True
+        if edge:
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
+                         INSIDE)  # fmt: skip
+            s = gl.where(seen, s, float("-inf"))
     m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
@@ -623,11 +661,12 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k", "total_q", "window_left",
-                              "window_right"])  # fmt: skip
+                              "seqlen_q", "seqlen_k", "total_q", "window_left", "window_right",
+                              "BlockLists"])  # fmt: skip
 def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMods, MaskMod, Sinks,
-                   softmax_scale, tiles, tiles_m, nheads, heads, group_size, section, seqlen_q,
-                   seqlen_k, total_q, window_left, window_right, C: gl.constexpr):  # fmt: skip
+                   BlockLists, softmax_scale, tiles, tiles_m, nheads, heads, group_size, section,
+                   seqlen_q, seqlen_k, total_q, window_left, window_right,
+                   C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
@@ -676,11 +715,11 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 1],
@@ -689,13 +728,13 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 2, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 4, 1],
@@ -704,15 +743,15 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, softmax_scale, sizes,
-                            window_left, window_right, 3, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes,
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 3, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
             [4, 4, 4, 1],
@@ -752,7 +791,7 @@ def forward(
         blocks = q.new_empty(list_shape, dtype=torch.int32)
         list_blocks(blocks, *sequences)
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
-    with mods.explained(spec.features) if spec.features.mods else nullcontext():
+    with nullcontext() if launch.compiled else mods.explained(spec.features):
         launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     return out, lse, []
 
@@ -796,6 +835,7 @@ def _prepare(
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
+    size_q, size_k = mods.block_sizes(spec.features)
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -806,12 +846,15 @@ def _prepare(
         hold=config.hold,
         turns=config.turns,
         q_in_registers=config.q_in_registers,
+        half_q=config.half_q,
         alias=config.alias,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
         check_keys=packed or spec.seqlen_k % config.block_n != 0,
         scale_sign=sign,
+        size_q=size_q,
+        size_k=size_k,
         packed=packed,
         used_q=given[2],
     )
@@ -838,7 +881,8 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     sinks = extras[-1] if features.sinks else None
-    return lse, counter, blocks, *mods.for_forward(features, extras, approximate=True), sinks
+    modifications = mods.for_forward(features, extras, approximate=True)
+    return lse, counter, blocks, *modifications, sinks, mods.key_lists(features, extras)
 
 
 def _counter(device: torch.device) -> torch.Tensor:

@@ -76,7 +76,7 @@ def list_kernel(Blocks, CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, batch, total
 
 
 @gluon.jit
-def listed(Blocks, i):
+def place_at(Blocks, i):
     """Row i of the list; one of nothing if there are not so many."""
     row = Blocks + (1 + i) * FIELDS
     exists = i < gl.load(Blocks)
