@@ -158,6 +158,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         features=frozenset({"window", "softcap", "alibi", "score_mod", "mask_mod", "varlen"}),
+        max_headdim=512,
         writes_gradients=True,
     ),
     Implementation(
