@@ -95,6 +95,7 @@ SPILLS = {
     ("v1_paper", "paper_forward_kernel", TileConfig(64, 128, 8, 1)): 160,
     ("v2_atomic", "backward_kernel", TileConfig(128, 64, 4, 2)): 32,
     ("v2_atomic", "backward_kernel", TileConfig(64, 128, 8, 2)): 104,
+    ("v2", "dkdv_kernel", TileConfig(64, 32, 8, 1)): 8,
     # Float32 without tensor cores at head dimension 512, whatever the tile.
     ("v2", "dkdv_kernel", TileConfig(16, 16, 8, 1)): 2400,
     ("v2", "dq_kernel", TileConfig(16, 16, 8, 1)): 2400,

@@ -460,7 +460,7 @@ def _flops(spec: AttentionSpec) -> float:
     """Of the forward; of packed sequences as if all had the same length."""
     scores = spec.batch * spec.seqlen_q * spec.seqlen_k
     if spec.varlen is not None:
-        scores = spec.varlen.total_q * spec.varlen.total_k // max(1, spec.batch)
+        scores = spec.varlen.rows_q * spec.varlen.rows_k // max(1, spec.batch)
     flops = 4 * spec.nheads * scores * spec.headdim
     return flops * (0.5 if spec.causal else 1.0)
 
