@@ -38,9 +38,10 @@ def forward(
     q, k, v = _head_major(spec, q, k, v)
     raw = q @ k.transpose(-1, -2) * spec.softmax_scale
     scores = mask(modify(raw, spec, extras, first), spec, extras, first)
+    with_sink = with_sinks(scores, spec, extras)
     lse = (
-        torch.logsumexp(scores, dim=-1)
-        if spec.seqlen_k
+        torch.logsumexp(with_sink, dim=-1)
+        if with_sink.shape[-1]
         else scores.new_full(scores.shape[:-1], float("-inf"))
     )
     out = _probabilities(scores, lse) @ v
@@ -80,6 +81,9 @@ def backward(
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
     ds, *dextras = torch.autograd.grad(modified, wanted, p * (dp - delta), materialize_grads=True)
+    if "sinks" in spec.features.with_grad:
+        dsinks = mods.gradient_of_sinks(extras[-1], lse, delta.squeeze(-1))
+        dextras[-1] = dsinks.to(extras[-1].dtype)
     ds = ds * spec.softmax_scale
     dq = ds @ k
     dk = ds.transpose(-1, -2) @ q
@@ -99,6 +103,14 @@ def modify(
     return scores
 
 
+def with_sinks(scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors) -> torch.Tensor:
+    """Masked scores with each head's sink, if there are sinks, as one key more at the end."""
+    if not spec.features.sinks:
+        return scores
+    sinks = extras[-1].to(scores.dtype).view(1, -1, 1, 1)
+    return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+
+
 def mask(
     scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors, first: int = 0
 ) -> torch.Tensor:
@@ -107,14 +119,22 @@ def mask(
 
 
 def seen(
-    spec: AttentionSpec, device: torch.device, extras: _Tensors = (), first: int = 0
+    spec: AttentionSpec,
+    device: torch.device,
+    extras: _Tensors = (),
+    first: int = 0,
+    queries: slice = slice(None),
 ) -> torch.Tensor:
-    """bool that broadcasts to the scores: which keys causal, window and mask modification show."""
-    shown = visible(spec, device)
+    """bool that broadcasts to the scores: which keys causal, window and mask modification show.
+
+    Of the rows `queries` alone, if given.
+    """
+    shown = visible(spec, device, queries)
     mod = spec.features.mask_mod
     if mod is not None:
         function = _reference_of(mod)
-        shown = shown & function(*_positions(spec, device, first), _aux(mod, spec, extras))
+        b, h, q_idx, kv_idx = _positions(spec, device, first)
+        shown = shown & function(b, h, q_idx[..., queries, :], kv_idx, _aux(mod, spec, extras))
     return shown
 
 
@@ -185,11 +205,13 @@ def _rows(cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None) -> list
     return [slice(start, start + n) for start, n in zip(bounds[:-1], used.tolist(), strict=True)]
 
 
-def visible(spec: AttentionSpec, device: torch.device) -> torch.Tensor:
+def visible(
+    spec: AttentionSpec, device: torch.device, queries: slice = slice(None)
+) -> torch.Tensor:
     """bool `(seqlen_q, seqlen_k)`: which keys causal and window show; bottom-right aligned."""
-    q_idx = torch.arange(spec.seqlen_q, device=device).unsqueeze(1)
+    q_idx = torch.arange(spec.seqlen_q, device=device)[queries].unsqueeze(1)
     k_idx = torch.arange(spec.seqlen_k, device=device).unsqueeze(0)
-    seen = torch.ones(spec.seqlen_q, spec.seqlen_k, dtype=torch.bool, device=device)
+    seen = torch.ones(len(q_idx), spec.seqlen_k, dtype=torch.bool, device=device)
     position = q_idx + (spec.seqlen_k - spec.seqlen_q)
     left, right = spec.features.window_left, spec.features.window_right
     if spec.causal:
@@ -222,7 +244,7 @@ def _positions(spec: AttentionSpec, device: torch.device, first: int) -> _Tensor
 
 
 def _aux(mod: Mod, spec: AttentionSpec, extras: _Tensors) -> tuple[Any, ...]:
-    named = dict(zip(spec.features.names, extras, strict=True))
+    named = spec.features.named(extras)
     values = (named[a] if isinstance(a, str) else a for a in mod.aux)
     return (*values, spec.seqlen_q, spec.seqlen_k)
 

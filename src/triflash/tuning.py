@@ -7,7 +7,10 @@ memory and registers, compiled but not timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from math import gcd
 
 import torch
 
@@ -121,17 +124,35 @@ def tma_pays(spec: AttentionSpec, target: Target) -> bool:
     )
 
 
+def _within_blocks(
+    tiles: Callable[[AttentionSpec, Target, bool], TileConfig],
+) -> Callable[[AttentionSpec, Target, bool], TileConfig]:
+    """Tiles that divide the blocks of a block mask."""
+
+    @wraps(tiles)
+    def within(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+        config, blocks = tiles(spec, target, use_tma), spec.features.blocks
+        if blocks is None:
+            return config
+        block_m, block_n = gcd(config.block_m, blocks.size_q), gcd(config.block_n, blocks.size_k)
+        return replace(config, block_m=block_m, block_n=block_n)
+
+    return within
+
+
+@_within_blocks
 def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the forward kernel."""
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
     if d > 256:
-        return _above_256(_FORWARD_512, _FORWARD_512_FLOAT32, spec, target)
+        return _above_256(_FORWARD_512, _FORWARD_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads(spec, target)
     if spec.dtype == torch.float32:
-        if _modifies(spec) and d <= 64 and dot_precision(spec, target) == "ieee":
+        beside = _modifies(spec) or spec.features.sinks
+        if beside and d <= 64 and dot_precision(spec, target) == "ieee":
             return TileConfig(32, 64, 8, 2)  # 64 queries spill
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
@@ -152,7 +173,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
             # 4 warps have no registers left for windows and modifications.
             if spec.causal:
                 return TileConfig(128, 128, 8, 3)
-            return TileConfig(128, 64, 8 if spec.features.uses else 4, 2)
+            return TileConfig(128, 64, 8 if _in_the_loop(spec) else 4, 2)
         return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
     if _has_227_kib(target):
         return TileConfig(128, 64, 8, 2)
@@ -164,13 +185,14 @@ def v2_delta(spec: AttentionSpec, target: Target) -> TileConfig:
     return TileConfig(16, 1, 4, 1)
 
 
+@_within_blocks
 def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dk, dv kernel."""
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
     if d > 256:
-        return _above_256(_DKDV_512, _DKDV_512_FLOAT32, spec, target)
+        return _above_256(_DKDV_512, _DKDV_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
@@ -189,7 +211,7 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
             # masks on both sides and modified scores too: softcap 6.46 ms against 6.92 with 64
             # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32.
             roomy = _fills_tiles(spec) and not _masks_both_sides(spec)
-            roomy = roomy and spec.features.uses in ((), ("window",), ("alibi",))
+            roomy = roomy and _in_the_loop(spec) in ((), ("window",), ("alibi",))
             return TileConfig(64 if roomy else 32, 64, 4, 2)
         # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
@@ -200,13 +222,14 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
+@_within_blocks
 def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dq kernel."""
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
     if d > 256:
-        return _above_256(_DQ_512, _DQ_512_FLOAT32, spec, target)
+        return _above_256(_DQ_512, _DQ_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
@@ -471,20 +494,27 @@ def _widest(spec: AttentionSpec) -> int:
 
 # Head dimensions above 256, by KiB of shared memory: tiles that fit and do not spill when causal.
 # q, k, v and dout take 1 KiB a row and stage; acc of 64 queries, or dk and dv of 32 keys, half of
-# all registers.
-_FORWARD_512 = {
+# all registers. "Measured" is at head dimension 512, 4096 long, full and causal.
+_FORWARD_512: dict[str | int, TileConfig] = {
+    # Measured: 240 and 241 against 202 and 236 with 32 keys a step and 2 stages.
+    "TMA": TileConfig(64, 64, 8, 1),
     227: TileConfig(64, 32, 8, 2),
     163: TileConfig(64, 32, 8, 2),
     99: TileConfig(32, 32, 8, 1),
     64: TileConfig(32, 16, 4, 1),
 }
-_DKDV_512 = {
-    227: TileConfig(16, 32, 8, 2),
+_DKDV_512: dict[str | int, TileConfig] = {
+    # Measured, of the whole backward: 94 and 98 against 83 and 85 with 32 queries and 2 stages,
+    # 59 and 60 with 16. With 32 keys no product is a wgmma, but dk and dv of 64 have no room.
+    "TMA": TileConfig(64, 32, 8, 1),
+    227: TileConfig(32, 32, 8, 2),
     163: TileConfig(32, 16, 8, 1),
     99: TileConfig(16, 16, 8, 1),
     64: TileConfig(16, 16, 4, 1),
 }
-_DQ_512 = {
+_DQ_512: dict[str | int, TileConfig] = {
+    # Measured, of the whole backward: 67 and 68 against 59 and 60 with 32 queries and 2 stages.
+    "TMA": TileConfig(64, 32, 8, 1),
     227: TileConfig(32, 32, 8, 2),
     163: TileConfig(32, 32, 8, 1),
     99: TileConfig(32, 16, 8, 1),
@@ -492,7 +522,7 @@ _DQ_512 = {
 }
 # In float32 the backward spills about 2 KiB a thread in true float32, whatever the tile. Products
 # sum over 16 rows at least, so with 99 KiB the other side is 8.
-_FORWARD_512_FLOAT32 = {
+_FORWARD_512_FLOAT32: dict[str | int, TileConfig] = {
     227: TileConfig(16, 16, 8, 1),
     163: TileConfig(16, 16, 8, 1),
     99: TileConfig(16, 16, 8, 1),
@@ -559,12 +589,15 @@ def _float32(
 
 
 def _above_256(
-    table: dict[int, TileConfig],
-    float32: dict[int, TileConfig],
+    half: dict[str | int, TileConfig],
+    float32: dict[str | int, TileConfig],
     spec: AttentionSpec,
     target: Target,
+    use_tma: bool,
 ) -> TileConfig:
-    table = table if spec.dtype != torch.float32 else float32
+    if use_tma:
+        return half["TMA"]
+    table = half if spec.dtype != torch.float32 else float32
     return table[64 if target.kind == "hip" else _shared_kib(target)]
 
 
@@ -617,6 +650,11 @@ def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
 def _masks_both_sides(spec: AttentionSpec) -> bool:
     """Whether a window is checked on its left, and its right side is none of causal's."""
     return spec.features.window_left is not None and not spec.causal
+
+
+def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
+    """The features that take registers in a kernel's loop; a sink comes behind it."""
+    return tuple(feature for feature in spec.features.uses if feature != "sinks")
 
 
 def _modifies(spec: AttentionSpec) -> bool:
