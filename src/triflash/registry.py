@@ -176,6 +176,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         features=frozenset(
             {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
         ),
+        max_headdim=512,
         writes_gradients=True,
     ),
     Implementation(
