@@ -586,7 +586,7 @@ def test_hooks_of_launches_are_called(hook, monkeypatch):
 
     launch = Launch(None, 1, (), (), None)
     ran = []
-    launch._run = lambda *arguments: ran.append(arguments)
+    launch._run = {launch.grid: lambda *arguments: ran.append(arguments)}
     launch._launcher = object()  # any use of it fails
     monkeypatch.setattr(getattr(knobs.runtime, hook), "calls", [print])
     tensor = torch.zeros(1)

@@ -11,6 +11,7 @@ import triton.language as tl
 from helpers import GPU
 from test_varlen import int32
 
+from triflash import testing
 from triflash.kernels.v3 import packed
 from triflash.spec import Sequences, make_varlen_spec
 
@@ -31,16 +32,18 @@ def starts_of(rows: list[int]) -> list[int]:
 
 
 def listed(where: Sequences, totals: tuple[int, int], block: int, of_keys: bool) -> torch.Tensor:
-    """The list, with three rows more that nothing may write."""
+    """The list; of the rows behind its count, none may be written."""
     device = where.cu_seqlens_q.device
     x = torch.empty(max(totals), 1, 64, dtype=torch.float16, device=device)
     q, k = (x[:total] for total in totals)
     spec = make_varlen_spec(q, k, k, where, *totals, None, False, False, False)
-    launch, (rows, columns) = packed.list_launch(spec, block, of_keys)
-    blocks = torch.full((rows + 3, columns), -7, dtype=torch.int32, device=device)
-    launch(blocks, *where)
-    assert (blocks[rows:] == -7).all()
-    return blocks[:rows].cpu()
+    launch = packed.list_launch(spec, block, of_keys)
+    most = packed.most_blocks(totals[of_keys], spec.batch, block)
+    with testing.poisoned():
+        blocks = packed.list_blocks(launch, q, k, where, most, 7).cpu()
+    assert int(blocks[0, 1]) == 7
+    assert (blocks[1 + int(blocks[0, 0]) :] == torch.iinfo(torch.int32).max).all()
+    return blocks
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])

@@ -63,7 +63,7 @@ from triflash.kernels.v3.backward_shared import (
     positions,
     producer,
 )
-from triflash.kernels.v3.packed import list_launch, most_blocks
+from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
 from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
@@ -278,15 +278,15 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
+                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
                     window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
-    Blocks is the list of blocks of keys of packed sequences, else None, as most_k and most_q are:
-    the blocks of a head in the list, and in Stats and Sums.
+    Blocks is the list of blocks of keys of packed sequences, whose number is that of the tiles of
+    queries a head in Stats and Sums, else None.
     """
     if C.packed:
-        if gl.program_id(0) % most_k >= gl.load(Blocks):  # there are not so many
+        if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
@@ -315,7 +315,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, most_k, most_q)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
     gl.warp_specialize(
         [
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
@@ -367,35 +367,43 @@ def backward(
         aligned(dout, out, lse), dlse is not None and aligned(dlse), kinds(*extras),
         tuple(aux_sums), sequences.given,
     )  # fmt: skip
-    sums = q.new_empty(plan.sums, dtype=torch.float32)
-    stats = q.new_empty(plan.stats, dtype=torch.float32)
-    turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
-    blocks = None
-    if plan.list_blocks is not None:
-        blocks = q.new_empty(plan.list_shape, dtype=torch.int32)
-        plan.list_blocks(blocks, *sequences)
+    tiles, programs, blocks = plan.tiles, None, None
+    if plan.list_keys is not None:
+        tiles_m = most_blocks(q.shape[0], spec.batch, plan.block_m)
+        most = most_blocks(k.shape[0], spec.batch, plan.block_n)
+        blocks = list_blocks(plan.list_keys, q, k, sequences, most, tiles_m)
+        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
+    sums = q.new_empty(tiles * plan.size_of_sums, dtype=torch.float32)
+    stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
+    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
+    total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
-    plan.before(out, dout, lse, dlse, stats, sums, cu_seqlens_q, seqused_q)
+    inputs = (out, dout, lse, dlse)
+    plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
         arguments = (q, k, v, dout, stats, sums, dk, dv, turn, blocks)
-        plan.backward(*arguments, *extras, *aux_sums.values())
-    plan.after(sums, dq, cu_seqlens_q)
+        plan.backward(*arguments, *extras, *aux_sums.values(), programs=programs)
+    parts = plan.size_of_sums // PART.value**2
+    plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
     if not features.with_grad:
         return dq, dk, dv
-    delta = -_rows_of(stats, plan.block_m, spec, cu_seqlens_q)
+    delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
     return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
 
 
 def _rows_of(
-    stats: torch.Tensor, block_m: int, spec: AttentionSpec, cu_seqlens_q: torch.Tensor | None
+    stats: torch.Tensor,
+    block_m: int,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
 ) -> torch.Tensor:
     """What before_kernel stored last for each row, in lse's shape."""
     if cu_seqlens_q is None:
         tiles = stats.view(spec.batch, spec.nheads, -1, 2, block_m)
         return tiles[..., 1, :].flatten(2)[..., : spec.seqlen_q]
-    total_q, _ = spec.totals
-    rows = torch.arange(total_q, dtype=torch.int32, device=stats.device)
+    rows = torch.arange(q.shape[0], dtype=torch.int32, device=stats.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:], rows, right=True).clamp(max=spec.batch - 1)
     start = cu_seqlens_q[sequence]
     block = start // block_m + sequence + (rows - start) // block_m
@@ -419,12 +427,11 @@ class Plan:
     before: Launch
     backward: Launch
     after: Launch
-    sums: tuple[int, int]
-    stats: tuple[int, int]
-    turn: int
-    list_blocks: Launch | None  # of packed sequences
-    list_shape: tuple[int, ...]
+    list_keys: Launch | None  # the blocks of keys of packed sequences
+    tiles: int  # of queries of all heads, if not packed
+    size_of_sums: int  # of a tile
     block_m: int
+    block_n: int
 
 
 @lru_cache(maxsize=4096)
@@ -448,22 +455,14 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
-    total_q, total_k = spec.totals
-    packed = total_q is not None
-    most_q = most_k = list_blocks = sequences = None
-    list_shape: tuple[int, ...] = ()
-    if total_q is None or total_k is None:
-        tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
-        programs = -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch
-        of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
-        of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
-    else:
-        most_q = most_blocks(total_q, spec.batch, block_m)
-        most_k = most_blocks(total_k, spec.batch, block_n)
-        tiles, programs = most_q * spec.nheads, most_k * spec.nheads_k
-        of_queries, of_keys = (total_q, spec.nheads), (total_k, spec.nheads_k)
-        list_blocks, list_shape = list_launch(spec, block_n, of_keys=True)
-        sequences = spec.batch
+    packed = spec.varlen is not None
+    tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
+    of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
+    of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
+    if packed:
+        tiles = 1 << 23  # what descriptors allow for; calls have their own number
+        of_queries, of_keys = (spec.nheads,), (spec.nheads_k,)
+    sequences = spec.batch if packed else None
     shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
     stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
@@ -472,15 +471,14 @@ def _prepare(
     # Only modifications ask, so that nothing else is compiled anew.
     inside = bool(spec.features.mods) and not packed
     inside = inside and spec.seqlen_q % block_m == spec.seqlen_k % block_n == 0
-    sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
-    stats = (tiles, 2 * block_m)
+    size_of_sums = block_m * width
     views = (
         describe(shape_q, stride_q, block_m, width, spec.dtype),
         describe(shape_k, stride_k, keys, width, spec.dtype),
         describe(shape_v, stride_v, keys, width_v, spec.dtype),
         describe(shape_o, stride_dout, block_m, width_v, spec.dtype),
-        flat_view(*stats, 1),
-        flat_view(*sums, PART_ROWS.value),
+        flat_view(tiles, 2 * block_m, 1),
+        flat_view(tiles * size_of_sums // PART_COLUMNS.value, PART_COLUMNS.value, PART_ROWS.value),
         describe(shape_k, stride_dk, keys, width, spec.dtype),
         describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
@@ -488,16 +486,15 @@ def _prepare(
     before = Launch(
         before_kernel,
         tiles,
-        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q,
-         total_q, sequences),
+        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, sequences),
         (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
         around,
-    )  # fmt: skip
+    )
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
-        programs,
+        -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k, most_k, most_q, spec.features.window_left, spec.features.window_right),
+         spec.seqlen_k, spec.features.window_left, spec.features.window_right),
         (
             Schedule(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dp,
@@ -512,10 +509,11 @@ def _prepare(
     )  # fmt: skip
     after = Launch(
         after_kernel,
-        tiles * (block_m // PART.value) * (width // PART.value),
+        tiles * size_of_sums // PART.value**2,
         (spec.softmax_scale, *(entry_strides(stride_dq) if stride_dq else (None,) * 3),
-         spec.nheads, spec.seqlen_q, total_q, sequences),
+         spec.nheads, spec.seqlen_q, sequences),
         (spec.headdim, block_m, width),
         around,
     )  # fmt: skip
-    return Plan(before, backward, after, sums, stats, tiles, list_blocks, list_shape, block_m)
+    list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
+    return Plan(before, backward, after, list_keys, tiles, size_of_sums, block_m, block_n)

@@ -59,16 +59,15 @@ DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes 
 
 # Parameters of the kernels that programs are not compiled anew for.
 UNSPECIALIZED = [
-    "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "most_k", "most_q", "window_left",
-    "window_right",
+    "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
-def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, stride_ob, stride_os,
-                  stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q, total_q, sequences,
-                  HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total_q, stride_ob,
+                  stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
+                  sequences, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
     pid = tl.program_id(0)
@@ -109,8 +108,8 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, strid
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
-def after_kernel(Sums, dQ, CuSeqlensQ, softmax_scale, stride_dqb, stride_dqs, stride_dqh, nheads,
-                 seqlen_q, total_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
+def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, stride_dqs, stride_dqh,
+                 nheads, seqlen_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
     """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`; no strides: contiguous."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
@@ -169,14 +168,14 @@ def locate(sizes, window_left, window_right, C: gl.constexpr):
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
-    _nheads, nheads_k, _group_size, seqlen_q, seqlen_k, Blocks, most_k, _most_q = sizes
+    _nheads, nheads_k, _group_size, seqlen_q, seqlen_k, Blocks = sizes
     pid = gl.program_id(0)
     if C.packed:
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
-            Blocks, pid % most_k
+            Blocks, pid % gl.load(Blocks)
         )
         tile_n = start_n // C.block_n
-        head_k = pid // most_k
+        head_k = pid // gl.load(Blocks)
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
         tile_n = pid % tiles_n
@@ -209,7 +208,7 @@ def workspace(sizes, batch, places, C: gl.constexpr):
     """Where tiles of queries are in Stats and Sums: (first row of the entry, rows a head)."""
     nheads = sizes[0]
     if C.packed:
-        tiles_m = sizes[7]
+        tiles_m = gl.load(sizes[5] + 1)
         first = places[0] // C.block_m + batch
     else:
         tiles_m = gl.cdiv(places[3], C.block_m)

@@ -191,13 +191,13 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k, most_k, most_q,
+                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
                     window_left, window_right,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
     if C.packed:
-        if gl.program_id(0) % most_k >= gl.load(Blocks):
+        if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
     k_smem = buffers(K, 1)
     v_smem = buffers(V, 1)
@@ -230,7 +230,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, most_k, most_q)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,

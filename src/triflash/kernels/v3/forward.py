@@ -35,7 +35,7 @@ from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
-from triflash.kernels.v3.packed import list_launch, most_blocks, place_at
+from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
     barriers,
     buffers,
@@ -141,7 +141,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks, _total = sizes
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks = sizes
     if C.packed:
         tiles_m = gl.load(Blocks)
         tiles = tiles_m * nheads
@@ -261,7 +261,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    nheads, seqlen_q, seqlen_k, total_q = sizes[2], sizes[6], sizes[7], sizes[9]
+    nheads, seqlen_q, seqlen_k, Blocks = sizes[2], sizes[6], sizes[7], sizes[8]
+    total_q = None
+    if C.packed:
+        total_q = gl.load(Blocks + 1)
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
@@ -661,16 +664,15 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k", "total_q", "window_left", "window_right",
+                              "seqlen_q", "seqlen_k", "window_left", "window_right",
                               "BlockLists"])  # fmt: skip
 def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMods, MaskMod, Sinks,
                    BlockLists, softmax_scale, tiles, tiles_m, nheads, heads, group_size, section,
-                   seqlen_q, seqlen_k, total_q, window_left, window_right,
-                   C: gl.constexpr):  # fmt: skip
+                   seqlen_q, seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
-    Blocks is the list of tiles of packed sequences, else None, as total_q is.
+    Blocks is the list of tiles of packed sequences, whose number is total_q, else None.
     """
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -709,8 +711,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
 
     shared = (q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full,
               v_empty)  # fmt: skip
-    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks,
-             total_q)  # fmt: skip
+    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks)
     # A tuple with constexprs must be written where it is used, or they become tensors.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -773,7 +774,7 @@ def forward(
     can read them (`spec.tma`).
     """
     out = q.new_empty((*q.shape[:-1], spec.headdim_v))
-    lse = q.new_empty(spec.lse_shape, dtype=torch.float32)
+    lse = q.new_empty(spec.lse_shape(q), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
     # Without keys there is nothing to run, but that unused rows have no sink.
@@ -782,14 +783,14 @@ def forward(
         return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
     if k.numel() == 0:
         k = v = q  # of which nothing is read
-    launch, list_blocks, list_shape = _prepare(
+    launch, list_tiles = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras),
         sequences.given,
     )  # fmt: skip
     blocks = None
-    if list_blocks is not None:
-        blocks = q.new_empty(list_shape, dtype=torch.int32)
-        list_blocks(blocks, *sequences)
+    if list_tiles is not None:
+        most = most_blocks(q.shape[0], spec.batch, ROWS.value * launch.config.consumers)
+        blocks = list_blocks(list_tiles, q, k, sequences, most, q.shape[0])
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
     with nullcontext() if launch.compiled else mods.explained(spec.features):
         launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
@@ -806,24 +807,25 @@ def _prepare(
     stride_v: tuple[int, ...],
     kinds_of_extras: tuple[object, ...],
     given: tuple[bool, ...],
-) -> tuple[Launch, Launch | None, tuple[int, ...]]:
-    """The launch, and of packed sequences that of the list of their tiles and its shape."""
+) -> tuple[Launch, Launch | None]:
+    """The launch, and of packed sequences that of the list of their tiles."""
     config = tuning.v3_forward(spec, target)
     block_m = ROWS.value * config.consumers
-    total_q, total_k = spec.totals
-    list_blocks, list_shape = None, ()
-    if total_q is None:
+    packed = spec.varlen is not None
+    if packed:
+        tiles_m = 0  # the list tells
+        heads = spec.nheads
+        programs = target.num_sms
+        of_queries: tuple[int, ...] = (spec.nheads,)
+        of_keys: tuple[int, ...] = (spec.nheads_k,)
+        stride_o = (spec.nheads * spec.headdim_v, spec.headdim_v, 1)
+    else:
         tiles_m = -(-spec.seqlen_q // block_m)
         heads = spec.batch * spec.nheads
-        of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
-        of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
+        programs = min(tiles_m * heads, target.num_sms)
+        of_queries = (spec.batch, spec.seqlen_q, spec.nheads)
+        of_keys = (spec.batch, spec.seqlen_k, spec.nheads_k)
         stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
-    else:
-        tiles_m = most_blocks(total_q, spec.batch, block_m)
-        heads = spec.nheads
-        of_queries, of_keys = (total_q, spec.nheads), (total_k, spec.nheads_k)
-        stride_o = (spec.nheads * spec.headdim_v, spec.headdim_v, 1)
-        list_blocks, list_shape = list_launch(spec, block_m, of_keys=False)
     tiles = tiles_m * heads
     tensors = (
         ((*of_queries, spec.headdim), stride_q, ROWS.value, config.widths),
@@ -831,7 +833,6 @@ def _prepare(
         ((*of_keys, spec.headdim_v), stride_v, config.block_n, config.widths_v),
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
-    packed = spec.varlen is not None
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
@@ -860,9 +861,9 @@ def _prepare(
     )
     launch = Launch(
         forward_kernel,
-        min(tiles, target.num_sms),
+        programs,
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, total_q,
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k,
          spec.features.window_left, spec.features.window_right),
         (schedule,),
         config,
@@ -873,7 +874,7 @@ def _prepare(
         ),
         partial(_arguments, spec.features),
     )  # fmt: skip
-    return launch, list_blocks, list_shape
+    return launch, list_launch(spec, block_m, of_keys=False) if packed else None
 
 
 def _arguments(

@@ -1,11 +1,12 @@
 """Packed sequences in v3: a list of the blocks of all of them, those that take longest first.
 
 Lengths are known on the GPU alone, so a small kernel makes the list there and nobody waits for it.
-Grids are for the most blocks that so many rows and sequences can have; the list begins with how
+The grid is for the most blocks that so many rows and sequences can have; the list begins with how
 many there are. In workspaces of whole blocks sequence b begins at block `start // BLOCK + b`, which
 needs no list: rows may begin anywhere, and none is shared.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
@@ -13,10 +14,10 @@ from triton.experimental.gluon import language as gl
 
 from triflash.kernels.common.launch import Launch
 from triflash.kernels.common.varlen import PACKED, sequence
-from triflash.spec import AttentionSpec
+from triflash.spec import AttentionSpec, Sequences
 from triflash.tuning import TileConfig
 
-FIELDS = tl.constexpr(8)  # numbers of a block in the list, whose first row begins with their count
+FIELDS = tl.constexpr(8)  # numbers of a row of the list, which has one more than there are blocks
 CHUNK = tl.constexpr(256)  # sequences, or blocks of one, that are looked at together
 
 
@@ -25,13 +26,14 @@ def most_blocks(total: int, batch: int, block: int) -> int:
     return total // block + batch
 
 
-@triton.jit(do_not_specialize=["batch", "total_q", "total_k", "most"],
+@triton.jit(do_not_specialize=["total_q", "total_k", "most", "number", "batch"],
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
-def list_kernel(Blocks, CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, batch, total_q, total_k, most,
-                BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):  # fmt: skip
+def list_kernel(Blocks, CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, most, number,
+                batch, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):  # fmt: skip
     """The blocks of one sequence, behind those of all sequences whose blocks take longer.
 
-    A row: first row of the block, sequence, start_q, rows_q, seqlen_q, start_k, rows_k, seqlen_k.
+    Row 0 begins with how many blocks there are, and `number`. The others are the first row of the
+    block, its sequence, and start_q, rows_q, seqlen_q, start_k, rows_k, seqlen_k of that.
     Blocks of queries come from the last to the first, blocks of keys from the first to the last:
     as a causal mask makes them shorter.
     """
@@ -54,6 +56,7 @@ def list_kernel(Blocks, CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, batch, total
         count += tl.sum(blocks_c)
     if b == 0:
         tl.store(Blocks, tl.minimum(count, most))  # more only if cu_seqlens is wrong
+        tl.store(Blocks + 1, number)
     blocks = tl.cdiv(rows_k if OF_KEYS else rows_q, BLOCK)
     for begin in range(0, blocks, CHUNK):
         i = begin + tl.arange(0, CHUNK)
@@ -77,17 +80,16 @@ def list_kernel(Blocks, CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, batch, total
 
 @gluon.jit
 def place_at(Blocks, i):
-    """Row i of the list; one of nothing if there are not so many."""
+    """Block i of the list, which must be there."""
     row = Blocks + (1 + i) * FIELDS
-    exists = i < gl.load(Blocks)
-    start = gl.load(row, mask=exists, other=0)
-    batch = gl.load(row + 1, mask=exists, other=0)
-    start_q = gl.load(row + 2, mask=exists, other=0)
-    rows_q = gl.load(row + 3, mask=exists, other=0)
-    seqlen_q = gl.load(row + 4, mask=exists, other=0)
-    start_k = gl.load(row + 5, mask=exists, other=0)
-    rows_k = gl.load(row + 6, mask=exists, other=0)
-    seqlen_k = gl.load(row + 7, mask=exists, other=0)
+    start = gl.load(row)
+    batch = gl.load(row + 1)
+    start_q = gl.load(row + 2)
+    rows_q = gl.load(row + 3)
+    seqlen_q = gl.load(row + 4)
+    start_k = gl.load(row + 5)
+    rows_k = gl.load(row + 6)
+    seqlen_k = gl.load(row + 7)
     return start, batch, start_q, rows_q, seqlen_q, start_k, rows_k, seqlen_k
 
 
@@ -110,17 +112,16 @@ def place_of_block(CuSeqlens, SeqUsed, block, batch, total, BLOCK: tl.constexpr)
     return first, start, rows, seqlen
 
 
-def list_launch(spec: AttentionSpec, block: int, of_keys: bool) -> tuple[Launch, tuple[int, int]]:
-    """The launch of `list_kernel`, and the shape of the list."""
-    total_q, total_k = spec.totals
-    total = total_k if of_keys else total_q
-    assert total is not None  # for the type checker: the spec is of a packed call
-    most = most_blocks(total, spec.batch, block)
-    launch = Launch(
-        list_kernel,
-        spec.batch,
-        (spec.batch, total_q, total_k, most),
-        (block, of_keys),
-        TileConfig(1, 1, 4, 1),
-    )
-    return launch, (1 + most, FIELDS.value)
+def list_launch(spec: AttentionSpec, block: int, of_keys: bool) -> Launch:
+    """The launch of `list_kernel`, for `list_blocks`."""
+    config = TileConfig(1, 1, 4, 1)
+    return Launch(list_kernel, spec.batch, (spec.batch,), (block, of_keys), config)
+
+
+def list_blocks(
+    launch: Launch, q: torch.Tensor, k: torch.Tensor, sequences: Sequences, most: int, number: int
+) -> torch.Tensor:
+    """The list, with room for `most` blocks."""
+    blocks = q.new_empty((1 + most, FIELDS.value), dtype=torch.int32)
+    launch(blocks, *sequences, *sequences.totals(q, k), most, number)
+    return blocks

@@ -140,10 +140,13 @@ def ragged_view(
 ) -> Callable[[torch.Tensor], TensorDescriptor]:
     """Descriptors of packed `(total, nheads, headdim)` in tiles of [1, 1, 1, rows, width].
 
+    shape is `(nheads, headdim)`: they are the same for any total.
+
     `kernels.common.launch.ragged_descriptor` says how they end where a sequence does.
     """
-    total, nheads, headdim = shape
-    row = stride[0] if total > 1 else 16
+    nheads, headdim = shape
+    # The strides of a single row and of a single head may be junk, which TMA would refuse.
+    row = stride[0] if stride[0] > 0 and stride[0] % 8 == 0 else 16
     head = stride[1] if nheads > 1 else 16
     block = [1, 1, 1, rows, width]
     return partial(
