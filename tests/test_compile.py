@@ -159,7 +159,9 @@ FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
 
 
 @pytest.mark.parametrize("call", FEATURED_CALLS)
-@pytest.mark.parametrize("feature", ["both", "softcap", "alibi", "documents", "learned bias"])
+@pytest.mark.parametrize(
+    "feature", ["both", "softcap", "alibi", "documents", "learned bias", "sinks"]
+)
 @pytest.mark.parametrize("target", ONE_OF_A_KIND)
 def test_features_compile(feature, call, target, compile_for):
     limit = aot.TARGETS[target][2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GPU, KERNEL_DTYPES, check, every_row
+from helpers import GPU, KERNEL_DTYPES, assert_bitwise_equal, check, every_row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,10 +84,17 @@ FEATURED = {
     "negative scale": {"softmax_scale": -0.5, "softcap": 2.0, "window_size": (None, 30)},
     "documents": {"mask_mod": DOCUMENT, "make_aux": ids},
     "documents, causal": {"mask_mod": DOCUMENT, "make_aux": ids, "causal": True},
+    "sinks": {"sinks": FLOAT},
+    "sinks, causal": {"sinks": torch.float16, "causal": True},
+    "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
+    "sinks, learned bias": {"sinks": FLOAT, "score_mod": RELATIVE, "make_aux": table},
     "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 128)},
     "blocks, causal": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 64), "block_heads": True,
         "causal": True,
+    },
+    "blocks, sinks": {
+        "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 64), "sinks": FLOAT,
     },
 }  # fmt: skip
 LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
@@ -101,6 +108,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
     nheads_k = draw(st.integers(1, 2))
     masks = draw(st.booleans())
     learned = not masks and draw(st.booleans())
+    dtype = draw(st.sampled_from(KERNEL_DTYPES))
     return Case(
         batch=draw(st.integers(1, 2)),
         seqlen_q=draw(st.integers(1, 900 if GPU else 70)),
@@ -108,7 +116,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
         nheads=nheads_k * draw(st.integers(1, 2)),
         nheads_k=nheads_k,
         headdim=draw(st.integers(1, 128 if GPU else 40)),
-        dtype=draw(st.sampled_from(KERNEL_DTYPES)),
+        dtype=dtype,
         causal=draw(st.booleans()),
         softmax_scale=draw(st.one_of(st.none(), st.floats(-1, 1, width=32))),
         with_dlse=draw(st.booleans()),
@@ -120,6 +128,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
         mask_mod=DOCUMENT if masks else None,
         score_mod=RELATIVE if learned else None,
         make_aux=ids if masks else table if learned else None,
+        sinks=draw(st.sampled_from([None, FLOAT, dtype])),
     )
 
 
@@ -135,7 +144,7 @@ def test_any_features(implementation, case, device):
 def test_features(implementation, feature, lengths, device):
     case = Case(
         batch=2, seqlen_q=lengths[0], seqlen_k=lengths[1], nheads=2, nheads_k=1, headdim=16,
-        dtype=FLOAT if feature == "learned bias" else torch.float16, with_dlse=True,
+        dtype=FLOAT if "learned bias" in feature else torch.float16, with_dlse=True,
         **FEATURED[feature],
     )  # fmt: skip
     check(case, implementation, device)
@@ -170,11 +179,11 @@ def test_one_form_of_windows_that_mean_the_same(causal, window, canonical):
 
 
 def test_text_of_features_tells_all():
-    features = Features(
-        3, None, (Mod("softcap", (2.5,)), Mod("m.f", ("aux0", 4, 1e-30))), Mod("m.g"), ("aux0",)
-    )
+    scores = (Mod("softcap", (2.5,)), Mod("m.f", ("aux0", 4, 1e-30)))
+    features = Features(3, None, scores, Mod("m.g"), True, ("aux0", "sinks"))
     assert features_of_text(features.text) == features
-    assert features.names == ("aux0",)
+    assert features.names == ("aux0", "sinks")
+    assert features_of_text("sinks") == Features(sinks=True)
     assert PLAIN.text == ""
     assert features_of_text("") is PLAIN
 
@@ -234,6 +243,13 @@ BAD = {
         {"mask_mod": DOCUMENT, "aux": (torch.ones(3, device="meta"),)}, ValueError,
         ["aux0", "meta"],
     ),
+    "sinks a number": ({"sinks": 0.0}, TypeError, ["sinks", "Tensor", "float"]),
+    "sinks of 3 heads": ({"sinks": torch.ones(3)}, ValueError, ["sinks", "(nheads,)", "4", "(3,)"]),
+    "sinks for each row": ({"sinks": torch.ones(2, 4)}, ValueError, ["sinks", "(2, 4)"]),
+    "sinks of ints": ({"sinks": torch.ones(4).int()}, TypeError, ["sinks", "float32", "int32"]),
+    "sinks of half": ({"sinks": torch.ones(4).half()}, TypeError, ["sinks", "float32", "float16"]),
+    "sinks elsewhere": ({"sinks": torch.ones(4, device="meta")}, ValueError, ["sinks", "meta"]),
+    "sinks strided": ({"sinks": torch.ones(1).expand(4)}, ValueError, ["sinks", "contiguous"]),
 }  # fmt: skip
 
 
@@ -304,6 +320,47 @@ def test_deterministic_has_no_atomic_gradients(device):
         attention(q, q, q, aux=(bias.requires_grad_(), 7), **options)
 
 
+def test_gradients_of_sinks_are_deterministic(device):
+    """Which deterministic=True allows, and a loss of lse alone has one too."""
+    case = Case(seqlen_q=70, nheads=4, nheads_k=2, with_dlse=True, sinks=FLOAT, causal=True)
+    inputs = make_inputs(case, device)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.extras["sinks"])]
+
+    def gradients():
+        out, lse = attention(
+            *leaves[:3], sinks=leaves[3], causal=True, return_lse=True, deterministic=True,
+            implementation="v2",
+        )  # fmt: skip
+        grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
+        out, lse = attention(
+            *leaves[:3], sinks=leaves[3], causal=True, return_lse=True, implementation="v2"
+        )
+        (of_lse,) = torch.autograd.grad(lse, leaves[3], inputs.dlse)
+        p = (leaves[3].unsqueeze(-1) - lse).exp()
+        torch.testing.assert_close(of_lse, (p * inputs.dlse).sum((0, 2)))
+        return dict(enumerate(grads))
+
+    assert_bitwise_equal(gradients(), gradients())
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_sinks_of_any_size(implementation, device):
+    """As a key of value 0; far above all scores, far below, and none at all."""
+    q, k, v = (torch.randn(1, n, 5, 16, device=device) for n in (40, 33, 33))
+    sinks = torch.tensor([0.0, 1e4, -1e4, float("-inf"), 300.0], device=device)
+    out, lse = attention(q, k, v, sinks=sinks, return_lse=True, implementation=implementation)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).double() / 4
+    column = sinks.double().view(1, -1, 1, 1).expand(1, 5, 40, 1)
+    scores = torch.cat([scores, column], -1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1)[..., :-1], v.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    _, lse = attention(
+        q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, implementation=implementation
+    )
+    torch.testing.assert_close(lse, sinks.view(1, -1, 1).expand(1, 5, 40))
+
+
 def test_gradients_that_nobody_wrote_are_refused(device):
     q = torch.randn(1, 5, 2, 16, device=device, requires_grad=True)
     only_forward = mods.score_mod(relative, reference=relative_reference)
@@ -352,21 +409,23 @@ def test_compile(implementation, device):
     """In one graph, with the gradient of aux, and the same bits as without."""
     q = torch.randn(2, 33, 2, 16, device=device, requires_grad=True)
     bias = torch.linspace(-1, 1, 30, device=device).view(2, 15).requires_grad_()
+    sinks = torch.tensor([0.5, -2.0], device=device, requires_grad=True)
     slopes = torch.tensor([0.5, 0.25], device=device)
+    leaves = (q, bias, sinks)
 
-    def call(q, bias):
+    def call(q, bias, sinks):
         return attention(
             q, q * 2, q * 3, window_size=(20, 9), softcap=3.0, alibi_slopes=slopes,
-            score_mod=RELATIVE, aux=(bias, 7), implementation=implementation,
+            score_mod=RELATIVE, aux=(bias, 7), sinks=sinks, implementation=implementation,
         )  # fmt: skip
 
     compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    expected, got = call(q, bias), compiled(q, bias)
+    expected, got = call(*leaves), compiled(*leaves)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     dout = torch.randn_like(got)
     for a, b in zip(
-        torch.autograd.grad(got, (q, bias), dout),
-        torch.autograd.grad(expected, (q, bias), dout),
+        torch.autograd.grad(got, leaves, dout),
+        torch.autograd.grad(expected, leaves, dout),
         strict=True,
     ):
         torch.testing.assert_close(a, b)  # atomic additions differ in the last bits

@@ -367,6 +367,51 @@ def test_features_are_those_of_the_sequence(implementation, features, device):
 
 
 @every_row
+@both_causal
+def test_sinks(implementation, causal, device):
+    """Each sequence has them, and their gradient is the sum; rows without part have none."""
+    call = Packed(
+        (33, 0, 40, 9), (40, 5, 33, 0), (33, 0, 35, 9), nheads=4, nheads_k=2, causal=causal,
+        with_dlse=True, dtype=torch.float32,
+    )  # fmt: skip
+    inputs = inputs_of(call, device)
+    sinks = torch.tensor([-1.0, 0.0, 2.0, 5.0], device=device, requires_grad=True)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)] + [sinks]
+    cu_seqlens = (int32(starts, device) for starts in call.starts())
+    with testing.poisoned():
+        try:
+            out, lse, _ = flash_attn_varlen_func(
+                *leaves[:3], *cu_seqlens, 40, 40, causal=causal, return_attn_probs=True,
+                seqused_q=int32(call.used_q, device), sinks=sinks, implementation=implementation,
+            )  # fmt: skip
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
+    unused_q, _ = unused(call, device)
+    assert not out[unused_q].any()
+    assert (lse[:, unused_q] == float("-inf")).all()
+    names = ("dq", "dk", "dv", "dsinks")
+    results = dict(zip(names, grads, strict=True), out=out, lse=lse)
+    dsinks = torch.zeros_like(sinks, dtype=torch.float64)
+    for i in range(len(call.lengths_q)):
+        rows_q, rows_k = call.rows(i)
+        alone = [
+            x.detach().double().requires_grad_()
+            for x in (inputs.q[None, rows_q], inputs.k[None, rows_k], inputs.v[None, rows_k], sinks)
+        ]
+        out, lse = attention(
+            *alone[:3], causal=causal, sinks=alone[3], return_lse=True, implementation="reference"
+        )
+        arriving = (inputs.dout[None, rows_q].double(), inputs.dlse[None, :, rows_q].double())
+        *grads, dsinks_i = torch.autograd.grad((out, lse), alone, arriving)
+        dsinks += dsinks_i
+        expected = dict(zip(names, grads, strict=False), out=out, lse=lse)
+        for name, x in parts(call, results, i).items():
+            torch.testing.assert_close(x.double(), expected[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results["dsinks"].double(), dsinks, rtol=1e-4, atol=1e-4)
+
+
+@every_row
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(implementation, dynamic, device):
     """One graph, the same bits as without, and with dynamic shapes for any lengths."""

@@ -34,6 +34,7 @@ def attention(
     mask_mod: mods.MaskMod | None = None,
     aux: tuple[Tensor | float, ...] = (),
     block_mask: mods.BlockMask | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     allow_tf32: bool = False,
@@ -50,7 +51,7 @@ def attention(
             query head h reads key head h // (nheads // nheads_k).
         v: `(batch, seqlen_k, nheads_k, headdim_v)`; headdim_v may differ from headdim.
         causal: query i sees keys j <= i + seqlen_k - seqlen_q (aligned to the bottom right). A row
-            that sees no key gives 0, lse -inf and zero gradients.
+            that sees no key gives 0, lse -inf (or the sink) and zero gradients.
         softmax_scale: factor on the scores, headdim ** -0.5 by default.
         window_size: `(left, right)`: query i sees keys from p - left to p + right, both included,
             where p = i + seqlen_k - seqlen_q; None or -1 for no bound. causal bounds the right
@@ -61,8 +62,10 @@ def attention(
         score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
         mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
         aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.
-        block_mask: from `triflash.create_block_mask`; the whole mask, whose empty blocks are skipped
-            and whose full ones are not masked. causal, window_size and mask_mod go there then.
+        block_mask: from `triflash.create_block_mask`; the whole mask, of which empty blocks are
+            skipped and full ones not masked. causal, window_size and mask_mod go there then.
+        sinks: `(nheads,)`, float32 or q's dtype: a score more in the softmax of each row, of a key
+            whose value is 0 (gpt-oss; flash-attn's learnable_sink). It has a gradient.
         return_lse: also return the log of the softmax denominators; its gradient flows.
         deterministic: refuse implementations whose gradients differ from run to run.
         allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
@@ -77,7 +80,7 @@ def attention(
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
     features, extras = mods.features_of(
-        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks
     )  # fmt: skip
     causal = mods.causal_of(causal, block_mask)
     out, lse = _attention(

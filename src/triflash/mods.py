@@ -74,6 +74,7 @@ class BlockMask:
             2 * block, and 1 more if each of its queries sees each of its keys; behind them
             the empty ones.
         q_counts, q_entries: the same of the queries for each block of keys.
+        q_ranks: for each of q_entries how many blocks of keys its queries see before this one.
         versions: of the tensors of aux when the mask was made.
     """
 
@@ -86,6 +87,7 @@ class BlockMask:
     kv_entries: Tensor
     q_counts: Tensor
     q_entries: Tensor
+    q_ranks: Tensor
     versions: tuple[int, ...]
 
     @property
@@ -244,6 +246,7 @@ def features_of(
     mask_mod: MaskMod | None = None,
     aux: tuple[Any, ...] = (),
     block_mask: BlockMask | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
 
@@ -285,6 +288,10 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
+    if sinks is not None:
+        if not isinstance(sinks, torch.Tensor):
+            raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
+        tensors["sinks"] = sinks
     mask = None if mask_mod is None else Mod(mask_mod.key, bound)
     blocks = None
     if block_mask is not None:
@@ -293,9 +300,9 @@ def features_of(
         mask = Mod(block_mask.mask_mod.key, _bind(block_mask.aux, tensors, "mask_aux"))
         blocks = block_mask.blocks
         tensors.update((name, getattr(block_mask, name)) for name in BLOCK_LISTS)
-    if left is None and right is None and not scores and mask is None:
+    if left is None and right is None and not scores and mask is None and sinks is None:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask, blocks=blocks)
+    features = Features(left, right, tuple(scores), mask, sinks is not None, blocks=blocks)
     return features, tuple(tensors[name] for name in features.names)
 
 
@@ -370,7 +377,7 @@ def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, An
     """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
     if not features.mods:
         return None, None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
@@ -393,25 +400,28 @@ def block_sizes(features: Features) -> tuple[int | None, int | None]:
 
 
 def _lists(
-    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+    features: Features, extras: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[Any, ...] | None:
-    if features.blocks is None:
+    blocks = features.blocks
+    if blocks is None:
         return None
     named = dict(zip(features.names, extras, strict=True))
-    counts, entries = (named[name] for name in names)
-    batch, nheads, rows, length = entries.shape
-    return (
-        counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
-    )  # fmt: skip
+    counts, entries, *ranks = (named[name] for name in names)
+    *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
+    rows_b = blocks.nheads * rows if blocks.batch > 1 else 0
+    return counts, entries, rows_b, rows if blocks.nheads > 1 else 0, length, *ranks
 
 
 def for_backward(
     features: Features, extras: tuple[Tensor, ...]
-) -> tuple[tuple[Any, Any], Callable[[], list[Tensor]]]:
-    """The same in a backward, and what gives the gradients of extras once kernels have run."""
-    if not features.mods:
-        return (None, None), list
-    named = dict(zip(features.names, extras, strict=True))
+) -> tuple[tuple[Any, Any], Callable[[Tensor, Tensor], list[Tensor]]]:
+    """The same in a backward, and what gives the gradients of extras once kernels have run.
+
+    That takes lse and delta, as `gradient_of_sinks` does.
+    """
+    if features is PLAIN:
+        return (None, None), lambda lse, delta: []
+    named = features.named(extras)
     sums: dict[str, Tensor] = {}
     scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
@@ -424,7 +434,9 @@ def for_backward(
             entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
         scores.append(entry)
 
-    def dextras() -> list[Tensor]:
+    def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
+        if "sinks" in features.with_grad:
+            sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
         return [
             sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
             for name in features.names
@@ -432,6 +444,20 @@ def for_backward(
         ]
 
     return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+
+
+def gradient_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """`(nheads,)`, in lse's dtype; bitwise the same in every run.
+
+    A sink is a key whose value is 0, so ds = p (0 - delta), with p = exp(sink - lse).
+
+    Args:
+        lse: `(batch, nheads, seqlen_q)`, packed `(nheads, total_q)`.
+        delta: rowsum(out * dout) - dlse, of lse's shape; where lse is -inf it may be anything.
+    """
+    p = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - lse)
+    terms = torch.where(lse == float("-inf"), 0.0, p * delta)
+    return -terms.sum(-1).reshape(-1, lse.shape[-2]).sum(0)
 
 
 @contextmanager

@@ -111,6 +111,7 @@ def flash_attn_varlen_func(
     *,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     implementation: str = "auto",
 ) -> _Results:
     """`flash_attn_func` of sequences of any lengths, packed one behind the other without padding.
@@ -131,6 +132,7 @@ def flash_attn_varlen_func(
         seqused_q: `(batch,)`, int32: only so many rows of each sequence take part. The others give
             0, lse -inf and zero gradients, and may hold anything.
         seqused_k: the same of keys, which nothing sees from there on.
+        sinks: as in `attention`.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, implementation: as in `flash_attn_func`.
 
@@ -148,7 +150,7 @@ def flash_attn_varlen_func(
             "triflash does not support keys in pages (block_table): gather them into packed k and v"
         )
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    features = mods.features_of(window_size, softcap, alibi_slopes)
+    features = mods.features_of(window_size, softcap, alibi_slopes, sinks=sinks)
     options = (softmax_scale, causal, deterministic, False, implementation)
     return _results((q, k, v), sequences, options, *features, return_attn_probs)
 

@@ -38,9 +38,10 @@ def forward(
     q, k, v = _head_major(spec, q, k, v)
     raw = q @ k.transpose(-1, -2) * spec.softmax_scale
     scores = mask(modify(raw, spec, extras, first), spec, extras, first)
+    with_sink = with_sinks(scores, spec, extras)
     lse = (
-        torch.logsumexp(scores, dim=-1)
-        if spec.seqlen_k
+        torch.logsumexp(with_sink, dim=-1)
+        if with_sink.shape[-1]
         else scores.new_full(scores.shape[:-1], float("-inf"))
     )
     out = _probabilities(scores, lse) @ v
@@ -80,6 +81,9 @@ def backward(
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
     ds, *dextras = torch.autograd.grad(modified, wanted, p * (dp - delta), materialize_grads=True)
+    if "sinks" in spec.features.with_grad:
+        dsinks = mods.gradient_of_sinks(extras[-1], lse, delta.squeeze(-1))
+        dextras[-1] = dsinks.to(extras[-1].dtype)
     ds = ds * spec.softmax_scale
     dq = ds @ k
     dk = ds.transpose(-1, -2) @ q
@@ -97,6 +101,14 @@ def modify(
         function = _reference_of(mod)
         scores = function(scores, *_positions(spec, scores.device, first), _aux(mod, spec, extras))
     return scores
+
+
+def with_sinks(scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors) -> torch.Tensor:
+    """Masked scores with each head's sink, if there are sinks, as one key more at the end."""
+    if not spec.features.sinks:
+        return scores
+    sinks = extras[-1].to(scores.dtype).view(1, -1, 1, 1)
+    return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
 
 
 def mask(
@@ -232,7 +244,7 @@ def _positions(spec: AttentionSpec, device: torch.device, first: int) -> _Tensor
 
 
 def _aux(mod: Mod, spec: AttentionSpec, extras: _Tensors) -> tuple[Any, ...]:
-    named = dict(zip(spec.features.names, extras, strict=True))
+    named = spec.features.named(extras)
     values = (named[a] if isinstance(a, str) else a for a in mod.aux)
     return (*values, spec.seqlen_q, spec.seqlen_k)
 

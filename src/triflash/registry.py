@@ -38,6 +38,7 @@ class Implementation:
         obeys_deterministic: with deterministic=True they are, even if not else.
         nvidia_only: runs what Triton and its interpreter cannot stand in for.
         archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
+        triton: the oldest (major, minor) of Triton that has what the kernels use, None for any.
         headdim_multiple: what head dimensions must be a multiple of.
         needs_tma: q, k and v must lie as TMA reads them, see AttentionSpec.tma.
         pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
@@ -60,6 +61,7 @@ class Implementation:
     obeys_deterministic: bool = False
     nvidia_only: bool = False
     archs: tuple[str, ...] = ()
+    triton: tuple[int, int] | None = None
     headdim_multiple: int = 1
     needs_tma: bool = False
     pays: str | None = None
@@ -78,10 +80,10 @@ class Implementation:
                     f"{self.name} does not have {FEATURES[feature]}; {', '.join(having)} "
                     f"{'has' if len(having) == 1 else 'have'}."
                 )
-        if spec.deterministic and spec.features.with_grad and self.needs_kernels:
+        if spec.deterministic and spec.features.scattered and self.needs_kernels:
             return (
                 f"{self.name} refuses deterministic=True with a gradient of "
-                f"{', '.join(spec.features.with_grad)}, to which programs add in any order."
+                f"{', '.join(spec.features.scattered)}, to which programs add in any order."
             )
         headdim = max(spec.headdim, spec.headdim_v)
         if self.max_headdim is not None and headdim > self.max_headdim:
@@ -107,6 +109,9 @@ class Implementation:
             return f"{self.name} needs the optional packages: pip install triflash[{self.extra}]."
         if not target.has_triton:
             return f"{self.name} needs the triton package, which is not installed."
+        if self.triton is not None and _triton_version() < self.triton:
+            oldest, found = (".".join(map(str, v)) for v in (self.triton, _triton_version()))
+            return f"{self.name} needs Triton {oldest} or later, and {found} is installed."
         if not target.runs_kernels:
             return (
                 f"{self.name} runs on a GPU, and q is on {target.kind}; move the tensors to a GPU, "
@@ -148,6 +153,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         obeys_deterministic=True,
         nvidia_only=True,
         archs=("sm_90",),
+        triton=(3, 6),  # Gluon
         headdim_multiple=8,  # rows of 16 bytes, for TMA
         needs_tma=True,
         pays="triflash.tuning:v3_pays",
@@ -158,7 +164,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "varlen"}
+            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
         ),
         writes_gradients=True,
     ),
@@ -304,6 +310,12 @@ def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
 def _installed(package: str) -> bool:
     parent = package.rpartition(".")[0]
     return (not parent or _installed(parent)) and importlib.util.find_spec(package) is not None
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @lru_cache(maxsize=64)

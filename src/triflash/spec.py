@@ -22,6 +22,7 @@ FEATURES = {
     "score_mod": "score modifications (score_mod)",
     "mask_mod": "mask modifications (mask_mod)",
     "block_mask": "block masks (block_mask)",
+    "sinks": "attention sinks (sinks)",
     "varlen": "packed sequences (cu_seqlens_q)",
 }
 
@@ -73,12 +74,14 @@ class Blocks:
         """Of the tensors called BLOCK_LISTS."""
         of_q, of_k = self.counts
         lead = (self.batch, self.nheads)
-        return (*lead, of_q), (*lead, of_q, of_k), (*lead, of_k), (*lead, of_k, of_q)
+        of_keys, of_queries = (*lead, of_q, of_k), (*lead, of_k, of_q)
+        return of_keys[:3], of_keys, of_queries[:3], of_queries, of_queries
 
 
 # int32: how many blocks of keys a block of queries sees, and which, rising, as block * 2 + full;
-# then how many blocks of queries see a block of keys, and which.
-BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries")
+# then how many blocks of queries see a block of keys, which, and each time how many of those that
+# they see come before it.
+BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries", "q_ranks")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Features:
         window_right: how many keys after its own position, None for all; None if causal.
         score_mods: in the order in which they change the scaled score.
         mask_mod: hides keys beside causal and window.
+        sinks: each head's softmax has a score more, in the last of the extras.
         with_grad: names of the extras whose gradients are wanted.
         blocks: the lists of a block mask, which is that of causal, window and mask_mod.
     """
@@ -100,6 +104,7 @@ class Features:
     window_right: int | None = None
     score_mods: tuple[Mod, ...] = ()
     mask_mod: Mod | None = None
+    sinks: bool = False
     with_grad: tuple[str, ...] = ()
     blocks: Blocks | None = None
 
@@ -109,16 +114,25 @@ class Features:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each of the extras is, in order."""
+        """What each of the extras is, in order; sinks are the last."""
         names: dict[str, None] = {}
         for mod in self.mods:
             names.update((a, None) for a in mod.aux if isinstance(a, str))
-        return tuple(names) if self.blocks is None else (*names, *BLOCK_LISTS)
+        lists = () if self.blocks is None else BLOCK_LISTS
+        return (*names, *lists, *(("sinks",) if self.sinks else ()))
+
+    def named(self, extras: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The extras by their names."""
+        return dict(zip(self.names, extras, strict=True))
 
     def gradients_of(self, extras: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those of `extras` whose gradients are wanted; they are what a backward gives last."""
-        named = zip(self.names, extras, strict=True)
-        return [tensor for name, tensor in named if name in self.with_grad]
+        return [t for name, t in self.named(extras).items() if name in self.with_grad]
+
+    @property
+    def scattered(self) -> tuple[str, ...]:
+        """Of `with_grad` those whose gradients kernels add up atomically, in any order."""
+        return tuple(name for name in self.with_grad if name != "sinks")
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -126,7 +140,8 @@ class Features:
         used = [] if self.window_left is None and self.window_right is None else ["window"]
         used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
         used += [] if self.mask_mod is None else ["mask_mod"]
-        return tuple(used if self.blocks is None else (*used, "block_mask"))
+        used += [] if self.blocks is None else ["block_mask"]
+        return (*used, "sinks") if self.sinks else tuple(used)
 
     @property
     def text(self) -> str:
@@ -140,6 +155,8 @@ class Features:
             parts.append("score=" + mod.text)
         if self.mask_mod is not None:
             parts.append("mask=" + self.mask_mod.text)
+        if self.sinks:
+            parts.append("sinks")
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         if self.blocks is not None:
@@ -160,6 +177,8 @@ def features_of_text(text: str) -> Features:
         if field == "window":
             left, right = (int(x) if x else None for x in (first, *rest))
             features = replace(features, window_left=left, window_right=right)
+        elif field == "sinks":
+            features = replace(features, sinks=True)
         elif field == "grad":
             features = replace(features, with_grad=(first, *rest))
         elif field == "blocks":
@@ -496,6 +515,16 @@ def _check_extras(
                 raise ValueError(
                     "alibi_slopes must have shape (nheads,) or (batch, nheads), here "
                     f"{allowed[0]} or {allowed[1]}, got {tuple(tensor.shape)}"
+                )
+        elif name == "sinks":
+            if tensor.dtype not in (torch.float32, spec.dtype):
+                raise TypeError(
+                    f"sinks must be float32 or of q's dtype {spec.dtype}, got {tensor.dtype}"
+                )
+            if tuple(tensor.shape) != (spec.nheads,):
+                raise ValueError(
+                    f"sinks must have shape (nheads,), here ({spec.nheads},), got "
+                    f"{tuple(tensor.shape)}"
                 )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from triflash import mods, reference, registry
 from triflash.block_mask import create_block_mask
@@ -50,6 +51,7 @@ class Case:
         make_aux: `(case, device) -> aux`. Tensors in it that require gradients have them checked.
         block_size: of a block mask of causal, window_size and mask_mod, or None for no such thing.
         block_heads: the block mask is one for each batch entry and head.
+        sinks: there are some, learnable, of this dtype; None for none.
     """
 
     batch: int = 2
@@ -74,6 +76,7 @@ class Case:
     make_aux: Callable[[Case, torch.device], tuple[Any, ...]] | None = None
     block_size: tuple[int, int] | None = None
     block_heads: bool = False
+    sinks: torch.dtype | None = None
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -110,8 +113,17 @@ class Case:
             shape = (self.batch, self.nheads) if "batch" in self.alibi else (self.nheads,)
             n = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32, device=device)
             slopes = (2.0 ** (-n / 2)).view(shape)
+        sinks = None
+        if self.sinks is not None:  # some smaller than most scores, some larger
+            sinks = torch.arange(self.nheads, device=device, dtype=self.sinks) * 3.0 - 1.0
+            sinks.requires_grad_()
         aux = () if self.make_aux is None else self.make_aux(self, device)
-        scores = {"softcap": self.softcap, "alibi_slopes": slopes, "score_mod": self.score_mod}
+        scores = {
+            "softcap": self.softcap,
+            "alibi_slopes": slopes,
+            "score_mod": self.score_mod,
+            "sinks": sinks,
+        }
         if self.block_size is None:
             masks = {"window_size": self.window_size, "mask_mod": self.mask_mod}
             return {**scores, **masks, "aux": aux}
@@ -155,6 +167,8 @@ class Case:
         if self.block_size is not None:
             of = " a head" if self.block_heads else ""
             parts.append(f"blocks of {self.block_size[0]}x{self.block_size[1]}{of}")
+        if self.sinks is not None:
+            parts.append(f"{_short(self.sinks)} sinks")
         return " ".join(parts)
 
 
@@ -294,13 +308,16 @@ def run_case(
 
 def oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """What the inputs give in float64, by the reference."""
+    extras = dict(inputs.extras)
+    if extras.get("sinks") is not None:
+        extras["sinks"] = extras["sinks"].detach().double().requires_grad_()
     wide = Inputs(
         inputs.q.double(),
         inputs.k.double(),
         inputs.v.double(),
         inputs.dout.double(),
         None if inputs.dlse is None else inputs.dlse.double(),
-        inputs.extras,
+        extras,
     )
     return run_case(case, wide, "reference")
 
@@ -317,11 +334,12 @@ def pytorch_attention(
         k, v = (t.repeat_interleave(spec.group_size, dim=1) for t in (k, v))
     scores = reference.modify((q @ k.transpose(-1, -2)) * spec.softmax_scale, spec, extras)
     scores = reference.mask(scores.to(q.dtype), spec, extras)
+    scores = reference.with_sinks(scores, spec, extras)
     visible = scores > float("-inf")
     empty = ~visible.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
-    p = scores.softmax(dim=-1).masked_fill(empty, 0.0)
-    if spec.seqlen_k:
+    p = scores.softmax(dim=-1).masked_fill(empty, 0.0)[..., : spec.seqlen_k]
+    if scores.shape[-1]:
         lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
     else:
         lse = scores.sum(dim=-1) + float("-inf")
@@ -373,15 +391,20 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     raw = ((q @ k.transpose(-1, -2)) * spec.softmax_scale).requires_grad_()
     leaves = (raw, *(t.requires_grad_() for t in spec.features.gradients_of(tensors)))
     modified = reference.modify(raw, spec, tensors)
+    # A sink is a key at the end whose value is 0.
     scores = reference.mask(modified.detach(), spec, tensors)
+    scores = reference.with_sinks(scores, spec, tensors).detach()
+    sinks = scores.shape[-1] - spec.seqlen_k
     p = scores.softmax(dim=-1).nan_to_num(0.0)  # NaN in rows without keys
-    lse = scores.logsumexp(dim=-1, keepdim=True) if spec.seqlen_k else scores.sum(-1, True)
+    lse = scores.logsumexp(dim=-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, True)
     products = q.abs() @ k.abs().transpose(-1, -2) * abs(spec.softmax_scale)
     # Modifications add to scores; a cap rounds like its largest value.
     products = products + (modified - raw).detach().abs() + case.softcap
+    products = reference.with_sinks(products, spec, tensors).detach().abs()
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)
 
+    v = F.pad(v, (0, 0, 0, sinks))
     out = p @ v
     ds = dout @ v.transpose(-1, -2) - (out * dout).sum(dim=-1, keepdim=True)
     products = dout.abs() @ v.abs().transpose(-1, -2)
@@ -392,6 +415,9 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     keys, queries = (2.0**-48 * n / 2 for n in (spec.seqlen_k, spec.group_size * spec.seqlen_q))
     ds_error = p_error * ds.abs() + p * u * products
     ds = p * ds
+    sink_error = ds_error[..., spec.seqlen_k :].sum(dim=(0, 2, 3))
+    ds, ds_error, p, p_error = (x[..., : spec.seqlen_k] for x in (ds, ds_error, p, p_error))
+    v = v[..., : spec.seqlen_k, :]
     dleaves = [
         torch.autograd.grad(modified, leaves, x, retain_graph=True, materialize_grads=True)
         for x in (ds, ds_error)
@@ -407,7 +433,7 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     }
     # Of extras every score may enter a sum: what each adds, and its rounding, in their order.
     for name, largest in zip(spec.features.with_grad, dleaves[1][1:], strict=True):
-        squares["d" + name] = largest.square()
+        squares["d" + name] = (sink_error if name == "sinks" else largest).square()
     return {name: _largest(t) ** 0.5 for name, t in squares.items()}
 
 

@@ -146,7 +146,8 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if _loads_modifications(spec):
         return _with_loads(spec, target)
     if spec.dtype == torch.float32:
-        if _modifies(spec) and d <= 64 and dot_precision(spec, target) == "ieee":
+        beside = _modifies(spec) or spec.features.sinks
+        if beside and d <= 64 and dot_precision(spec, target) == "ieee":
             return TileConfig(32, 64, 8, 2)  # 64 queries spill
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
@@ -167,7 +168,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
             # 4 warps have no registers left for windows and modifications.
             if spec.causal:
                 return TileConfig(128, 128, 8, 3)
-            return TileConfig(128, 64, 8 if spec.features.uses else 4, 2)
+            return TileConfig(128, 64, 8 if _in_the_loop(spec) else 4, 2)
         return TileConfig(64, 64, 4, 3 if _has_227_kib(target) else 2)
     if _has_227_kib(target):
         return TileConfig(128, 64, 8, 2)
@@ -203,7 +204,7 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
             # masks on both sides and modified scores too: softcap 6.46 ms against 6.92 with 64
             # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32.
             roomy = _fills_tiles(spec) and not _masks_both_sides(spec)
-            roomy = roomy and spec.features.uses in ((), ("window",), ("alibi",))
+            roomy = roomy and _in_the_loop(spec) in ((), ("window",), ("alibi",))
             return TileConfig(64 if roomy else 32, 64, 4, 2)
         # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
@@ -582,6 +583,11 @@ def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
 def _masks_both_sides(spec: AttentionSpec) -> bool:
     """Whether a window is checked on its left, and its right side is none of causal's."""
     return spec.features.window_left is not None and not spec.causal
+
+
+def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
+    """The features that take registers in a kernel's loop; a sink comes behind it."""
+    return tuple(feature for feature in spec.features.uses if feature != "sinks")
 
 
 def _modifies(spec: AttentionSpec) -> bool:

@@ -1,9 +1,9 @@
 """Block masks: walking the lists of blocks that are not empty, and finding those blocks.
 
-BlockLists is `(counts, entries, rows_b, rows_h, length)`, or None. The list of a block is row batch *
-rows_b + head * rows_h + block, of which the first counts[row] of `length` entries count. An entry
-is 2 * a block on the other side, and 1 more if the block is full; they rise. Entries behind the
-count are the empty blocks as if they were partial, so to visit them is only a waste.
+BlockLists is `(counts, entries, rows_b, rows_h, length)`, or None. The list of a block is row
+batch * rows_b + head * rows_h + block, of which the first counts[row] of `length` entries count. An
+entry is 2 * a block on the other side, and 1 more if the block is full; they rise. Entries behind
+the count are the empty blocks as if they were partial, so to visit them is only a waste.
 """
 
 import triton

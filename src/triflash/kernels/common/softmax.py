@@ -27,12 +27,22 @@ def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr =
 
 
 @triton.jit
-def finish(m_i, l_i):
-    """lse in natural log, and the factor that normalises acc; a row without keys gives -inf, 1."""
+def finish(m_i, l_i, sink=None):
+    """lse in natural log, and the factor that normalises acc; a row without keys gives -inf, 1.
+
+    sink, in natural units, is a score more, of a key whose value is 0: it enters lse and the
+    factor, and is the lse of a row without keys.
+    """
+    scale = 1.0
+    if sink is not None:
+        before, m_i = m_i, tl.maximum(m_i, sink * LOG2_E)
+        m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)
+        scale = tl.exp2(before - m_safe)
+        l_i = l_i * scale + tl.exp2(sink * LOG2_E - m_safe)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
-    return lse, 1.0 / l_safe
+    return lse, scale / l_safe
 
 
 @triton.jit

@@ -327,7 +327,7 @@ def backward(
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
             with mods.explained(spec.features) if spec.features.mods else nullcontext():
                 launch(*operands, lse, delta, *written, *modifications, lists, *sequences)
-    return dq, dk, dv, *dextras()
+    return dq, dk, dv, *dextras(lse, delta)
 
 
 def _descriptors(config: tuning.TileConfig, *inputs: torch.Tensor) -> tuple[object, ...]:

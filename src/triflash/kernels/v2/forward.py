@@ -43,7 +43,7 @@ from triflash.target import Target, target_of
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, CuSeqlensQ, CuSeqlensK,
+def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuSeqlensQ, CuSeqlensK,
                    SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
                    stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os,
                    stride_oh, nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
@@ -137,11 +137,17 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, CuSeqlensQ
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
+    sink = None
+    if Sinks is not None:
+        sink = tl.load(Sinks + head).to(tl.float32)
     if SeqUsedQ is not None:
         used = tl.arange(0, BLOCK_M) < seqlen_q - start_m
         l_i = tl.where(used, l_i, 0.0)
         acc = tl.where(used[:, None], acc, 0.0)
-    lse, normaliser = finish(m_i, l_i)
+        if Sinks is not None:
+            m_i = tl.where(used, m_i, float("-inf"))
+            sink = tl.where(used, sink, float("-inf"))
+    lse, normaliser = finish(m_i, l_i, sink)
     store_tile(Out, acc * normaliser[:, None], entry_q, head, start_m, stride_ob, stride_os,
                stride_oh, rows_q, HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
@@ -176,10 +182,10 @@ def forward(
         k = tile_descriptor(k, launch.config.block_n, block_d)
         v = tile_descriptor(v, launch.config.block_n, block_dv)
     with mods.explained(spec.features) if spec.features.mods else nullcontext():
-        launch(
-            q, k, v, out, lse, *mods.for_forward(spec.features, extras),
-            mods.key_lists(spec.features, extras), *sequences,
-        )  # fmt: skip
+        modifications = mods.for_forward(spec.features, extras)
+        lists = mods.key_lists(spec.features, extras)
+        sinks = extras[-1] if spec.features.sinks else None
+        launch(q, k, v, out, lse, *modifications, lists, sinks, *sequences)
     return out, lse, []
 
 
