@@ -120,9 +120,7 @@ def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("the picture")
     for flag, meaning in (("--block-m", "queries"), ("--block-n", "keys")):
-        out.add_argument(
-            flag, type=count, metavar="N", help=f"{meaning} of a block (default: 64)"
-        )
+        out.add_argument(flag, type=count, metavar="N", help=f"{meaning} of a block (default: 64)")
     out.add_argument(
         "--output", metavar="FILE", help="write it as PNG (needs matplotlib) instead of as text"
     )
@@ -356,7 +354,8 @@ def _blocks(args: argparse.Namespace) -> Blocks:
 
     mask_mod = None if args.mask is None else masks.load(args.mask)
     if isinstance(mask_mod, mods.BlockMask):
-        for name in ("causal", "window", "document", "aux", "seq_len", "seq_len_k", "block_m", "block_n"):
+        others = "causal window document aux seq_len seq_len_k block_m block_n"
+        for name in others.split():
             if getattr(args, name):
                 raise ValueError(
                     f"{args.mask} is a block mask, which has all but --output in itself, got "

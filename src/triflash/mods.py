@@ -223,8 +223,9 @@ def _joined_pair(how: str, first: MaskMod, second: MaskMod) -> MaskMod:
     # Lazily, because modifications exist without triton, though a function of it does not.
     join = getattr(importlib.import_module("triflash.kernels.common.mods"), f"{how}_functions")
     key = f"({first.key} {how} {second.key})"
-    _mods[key] = MaskMod(key, join(first.function, second.function, key), reference, parts)
-    return _mods[key]
+    mod = MaskMod(key, join(first.function, second.function, key), reference, parts)
+    _mods[key] = mod
+    return mod
 
 
 def get(key: str) -> Any:

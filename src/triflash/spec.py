@@ -559,6 +559,10 @@ def make_varlen_spec(
                 f"{name} must be an int, got {type(longest).__name__}; reading a tensor would wait "
                 "for the GPU"
             )
+    if features.blocks is not None:
+        raise ValueError(
+            "block_mask is of padded tensors: packed sequences do not see each other without one"
+        )
     validate = _validate_varlen
     if torch.compiler.is_compiling():
         validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
