@@ -48,6 +48,7 @@ from triflash.kernels.v3.backward_shared import (
     before_kernel,
     edges,
     head_of,
+    listed,
     locate,
     masked,
     modified,
@@ -115,7 +116,7 @@ def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-             W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+             BlockLists, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
@@ -132,7 +133,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
     tile_n, batch, head_k, start, full, blocks = locate(
-        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     scale_log2 = softmax_scale * LOG2_E
     k_pos = tile_n * C.block_n + W * KEYS
@@ -157,6 +158,11 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % STAGES
         phase = i // STAGES & 1
         q = tile(q_smem, slot)
@@ -183,11 +189,10 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         if MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
             if ALWAYS:  # ptxas moves nothing over a branch; without it it begins with too much
-                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
-                head = head_of(i, head_k, blocks, group_size, C)
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod,
+                    partial, window_left, window_right, ScoreMods, MaskMod,
                     True, C,
                 )  # fmt: skip
                 p_16 = p_t.to(q.dtype)
@@ -220,8 +225,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         if C.scatter:
             # LLVM does not know this 0, or it would keep the addresses that scores were modified by.
             zero = gl.minimum(group_size, 0)
-            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[None, :]
-            head = head_of(i, head_k, blocks, group_size, C)
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[None, :]
             ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                           ScoreMods, True, C.inside)  # fmt: skip
         ds_t = ds_t.to(q.dtype)
@@ -267,7 +271,8 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, softmax_scale,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
+                    softmax_scale,
                     nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head."""
@@ -302,12 +307,12 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
     gl.warp_specialize(
         [
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, 0, C)),
+                        MaskMod, BlockLists, 0, C)),
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C)),
+                        MaskMod, BlockLists, 1, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, C)),
             (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     C)),
+                     BlockLists, C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -366,7 +371,8 @@ def _arguments(
     """The kernel's arguments behind its descriptors."""
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
     named = dict(zip(names_of_sums, aux_sums, strict=True))
-    return turn, *mods.backward_arguments(features, extras, named, approximate=True)
+    modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    return turn, *modifications, mods.query_lists(features, extras)
 
 
 @dataclass(frozen=True)
@@ -399,14 +405,16 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
-    tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
+    size_q, size_k = mods.block_sizes(spec.features)
+    rows = size_q or block_m
+    tiles = -(-spec.seqlen_q // rows) * (rows // block_m) * spec.nheads * spec.batch
     shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
     shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
     shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
     shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
     keys = KEYS.value
     # Only modifications ask, so that nothing else is compiled anew.
-    inside = bool(spec.features.mods) and spec.seqlen_q % block_m == spec.seqlen_k % block_n == 0
+    inside = bool(spec.features.mods) and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
     sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
     stats = (tiles, 2 * block_m)
     views = (
@@ -424,7 +432,7 @@ def _prepare(
         before_kernel,
         tiles,
         (*strides_of(*shape_o[1:]), *stride_dout[:3], spec.nheads, spec.seqlen_q),
-        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
+        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False, rows),
         around,
     )
     backward = Launch(
@@ -437,7 +445,7 @@ def _prepare(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dp,
                 config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
                 spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic, inside,
-                bool(names_of_sums),
+                bool(names_of_sums), rows, size_q, size_k,
             ),
         ),
         config,
@@ -448,7 +456,7 @@ def _prepare(
         after_kernel,
         tiles * (block_m // PART.value) * (width // PART.value),
         (spec.softmax_scale, spec.nheads, spec.seqlen_q),
-        (spec.headdim, block_m, width),
+        (spec.headdim, block_m, width, rows),
         around,
     )
     return Plan(before, backward, after, sums, stats, tiles, block_m)

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from triflash.kernels.common.blocks import block_list, most_listed, visited
 from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
@@ -46,6 +47,9 @@ class Schedule:
     deterministic: bool  # programs add to a tile of dq in the order of their keys
     inside: bool  # all queries and keys of all tiles exist; modifications want to know
     scatter: bool  # gradients of aux are wanted
+    rows: int  # of Stats and Sums, a head's fill a multiple of it
+    size_q: int | None  # of a block mask's blocks
+    size_k: int | None
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -64,9 +68,12 @@ UNSPECIALIZED = [
 def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, stride_oh, stride_gb,
                   stride_gs, stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  HAS_DLSE: tl.constexpr):  # fmt: skip
-    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+                  HAS_DLSE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
+
+    A head has tiles up to a multiple of ROWS.
+    """
+    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
     batch = (pid // tiles_m // nheads).to(tl.int64)
     head = (pid // tiles_m % nheads).to(tl.int64)
@@ -94,10 +101,11 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q"])
 def after_kernel(Sums, dQ, softmax_scale, nheads, seqlen_q, HEADDIM: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
     """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
     row = pid // PARTS // tiles_m
     part = pid % PARTS
@@ -125,12 +133,14 @@ def pack(part):
 
 
 @gluon.jit
-def locate(seqlen_q, seqlen_k, nheads_k, window_left, window_right, C: gl.constexpr):
+def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head).
 
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
+    With BlockLists blocks are those listed, and what they need `listed` knows.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     tiles_n = gl.cdiv(seqlen_k, C.block_n)
     pid = gl.program_id(0)
     tile_n = pid % tiles_n
@@ -147,12 +157,32 @@ def locate(seqlen_q, seqlen_k, nheads_k, window_left, window_right, C: gl.conste
         full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
         end = gl.maximum(start, end)
     blocks = gl.cdiv(end - start, C.block_m)
+    if BlockLists is not None:
+        head = row % nheads_k * group_size
+        most = most_listed(BlockLists, row // nheads_k, head, group_size, start_n // C.size_k)
+        blocks = most * (C.size_q // C.block_m)
     return tile_n, row // nheads_k, row % nheads_k, start, (full, full_to), blocks
 
 
 @gluon.jit
-def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
-    """Step i as (head, start_m): head after head, so that one follows the other without a gap."""
+def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Block m of a walk along the list of a program's keys, as (first query, partly seen)."""
+    _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return visited(entries, m * C.block_m, C.size_q)
+
+
+@gluon.jit
+def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """How many programs of earlier keys add to block m's dq."""
+    _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    ranks = BlockLists[5] + (entries - BlockLists[1])
+    PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
+    return gl.load(ranks + m * C.block_m // C.size_q) * PROGRAMS + tile_n % PROGRAMS
+
+
+@gluon.jit
+def walk(i, head_k, blocks, group_size, C: gl.constexpr):
+    """Step i as (head, m): head after head, so that one follows the other without a gap."""
     head = head_k
     m = i
     if C.gqa:
@@ -160,7 +190,7 @@ def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
         m = i % blocks
     if C.backwards:
         m = blocks - 1 - m
-    return head, start + m * C.block_m
+    return head, m
 
 
 @gluon.jit
@@ -213,13 +243,14 @@ def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
 
 
 @gluon.jit
-def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, edge,
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial,
              window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
     """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
 
     Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
-    with. Not if gradients of aux are wanted: then the second is p again.
+    with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
+    causal, window and the end of keys checked, and with lists of blocks MaskMod.
     """
     if ScoreMods is not None:
         score = s * softmax_scale
@@ -228,13 +259,14 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
     else:
         p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
     if C.causal or C.check_keys or window_left is not None or window_right is not None:
-        if edge:
+        if partial:
             seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
                            window_right)  # fmt: skip
             p = gl.where(seen, p, 0.0)
     if MaskMod is not None:
-        seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
-        p = gl.where(seen, p, 0.0)
+        if partial or C.size_q is None:
+            seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
+            p = gl.where(seen, p, 0.0)
     derived = p
     if ScoreMods is not None and not C.scatter:
         derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
@@ -243,15 +275,16 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
 
 
 @gluon.jit
-def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: gl.constexpr):
+def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     tile_n, batch, head_k, start, _full, blocks = locate(
-        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS
         mbarrier.expect(k_full.index(w), K.block_type.nbytes)
@@ -259,7 +292,10 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: 
         mbarrier.expect(v_full.index(w), V.block_type.nbytes)
         load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
-        head, start_m = walk(i, head_k, start, blocks, group_size, C)
+        head, m = walk(i, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % C.stages
         mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
@@ -273,7 +309,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: 
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right, BlockLists,
           C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
@@ -291,16 +327,19 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
     nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     tile_n, batch, head_k, start, _full, blocks = locate(
-        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
             mbarrier.wait(dq_full.index(w), 0)
             mbarrier.arrive(dq_empty.index(w), count=1)
     for i in range(LAG, group_size * blocks + LAG):
-        head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
+        head, m = walk(i - LAG, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         row = (batch * nheads + head) * tiles_m + start_m // C.block_m
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
@@ -309,6 +348,8 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
                     start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n
                 )
                 turn -= begin[0] // C.block_n
+            if BlockLists is not None:
+                turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
             # They have smaller numbers, so they are running or done.
             while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass

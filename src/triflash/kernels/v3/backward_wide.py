@@ -27,6 +27,7 @@ from triflash.kernels.v3.backward_shared import (
     adder,
     edges,
     head_of,
+    listed,
     locate,
     masked,
     modified,
@@ -42,7 +43,7 @@ P_STAGES = gl.constexpr(2)  # blocks of p, and of ds
 
 @gluon.jit
 def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-           C: gl.constexpr):  # fmt: skip
+           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warpgroup that makes p and ds."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
@@ -51,11 +52,12 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     ALWAYS = group_size > 0
     zero = gl.minimum(group_size, 0)
+    MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     tile_n, batch, head_k, start, full, blocks = locate(
-        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
@@ -68,6 +70,11 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(v_full.index(0), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         q_slot = i % C.stages
         do_slot = i % C.dout_stages
         slot = i % P_STAGES
@@ -84,15 +91,14 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
         s = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
-        if ScoreMods is not None or MaskMod is not None:
+        if MODIFIED:
             p, derived = s, s
             if ALWAYS:
-                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[:, None]
                 k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-                head = head_of(i, head_k, blocks, group_size, C)
                 p, derived = modified(
                     s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod, False,
+                    partial, window_left, window_right, ScoreMods, MaskMod, False,
                     C,
                 )  # fmt: skip
         else:
@@ -116,9 +122,8 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
-            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[:, None]
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[:, None]
             k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-            head = head_of(i, head_k, blocks, group_size, C)
             ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
                         True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
@@ -129,8 +134,8 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
 
 
 @gluon.jit
-def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.constexpr,
-             C: gl.constexpr):  # fmt: skip
+def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+             IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, _, do_empty = bars
@@ -145,7 +150,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     _tile_n, _batch, _head_k, _start, _full, blocks = locate(
-        seqlen_q, seqlen_k, nheads_k, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     k = tile(k_smem, 0)
     acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
@@ -189,7 +194,8 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, softmax_scale,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
+                    softmax_scale,
                     nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
@@ -229,12 +235,12 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-                      C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, False, C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, True, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C)),
+                      BlockLists, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists, False, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists, True, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, C)),
             (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     C)),
+                     BlockLists, C)),
         ],
         [4, 4, 1, 1],
         [192, 192, 24, 24],
