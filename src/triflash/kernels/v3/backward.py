@@ -124,10 +124,9 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
      done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
-    ALWAYS = group_size > 0
     BLOCK_D: gl.constexpr = k_smem.shape[4]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -145,6 +144,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         k_idx -= start + seqlen_k - seqlen_q
         keys = 0 if C.causal else keys - (start + seqlen_k - seqlen_q)
     edge = edges(start, full, C)
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, W)
     v = tile(v_smem, W)
@@ -188,12 +188,11 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
-            if ALWAYS:  # ptxas moves nothing over a branch; without it it begins with too much
+            if always:  # over a branch ptxas moves nothing; else it begins with too much at once
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    partial, window_left, window_right, ScoreMods, MaskMod,
-                    True, C,
+                    partial, window_left, window_right, ScoreMods, MaskMod, True, C,
                 )  # fmt: skip
                 p_16 = p_t.to(q.dtype)
             p_t = ds_t
@@ -201,9 +200,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
             if C.causal or C.check_keys or WINDOW:
                 if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
-                    q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
-                    if WINDOW:
-                        q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+                    q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
                                    window_left, window_right)  # fmt: skip
                     p_t = gl.where(seen, p_t, 0.0)
@@ -223,8 +220,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
         if C.scatter:
-            # LLVM does not know this 0, or it would keep the addresses that scores were modified by.
-            zero = gl.minimum(group_size, 0)
+            # With zero, as LLVM would keep the addresses that scores were modified by.
             q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[None, :]
             ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                           ScoreMods, True, C.inside)  # fmt: skip
@@ -310,7 +306,8 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
                         MaskMod, BlockLists, 0, C)),
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
                         MaskMod, BlockLists, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
             (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
                      BlockLists, C)),
         ],

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from triflash.kernels.common.blocks import block_list, most_listed, visited
+from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
 from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
@@ -174,10 +174,9 @@ def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
 @gluon.jit
 def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
     """How many programs of earlier keys add to block m's dq."""
-    _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
-    ranks = BlockLists[5] + (entries - BlockLists[1])
     PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
-    return gl.load(ranks + m * C.block_m // C.size_q) * PROGRAMS + tile_n % PROGRAMS
+    before = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
+    return before * PROGRAMS + tile_n % PROGRAMS
 
 
 @gluon.jit
@@ -280,7 +279,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    nheads, _nheads_k, group_size, seqlen_q, _seqlen_k = sizes
     tile_n, batch, head_k, start, _full, blocks = locate(
         sizes, window_left, window_right, BlockLists, C
     )
@@ -309,8 +308,8 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right, BlockLists,
-          C: gl.constexpr):  # fmt: skip
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+          BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
@@ -325,7 +324,7 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
     BLOCK_D: gl.constexpr = q_smem.shape[4]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
     tile_n, batch, head_k, start, _full, blocks = locate(
         sizes, window_left, window_right, BlockLists, C
     )
@@ -344,9 +343,7 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
-                begin = key_begin(
-                    start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n
-                )
+                begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
                 turn -= begin[0] // C.block_n
             if BlockLists is not None:
                 turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)

@@ -49,13 +49,12 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    ALWAYS = group_size > 0
-    zero = gl.minimum(group_size, 0)
+    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     tile_n, batch, head_k, start, full, blocks = locate(
         sizes, window_left, window_right, BlockLists, C
     )
@@ -63,6 +62,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     # Masks count from the first query and the first key that it sees, which saves registers.
     first = start + seqlen_k - seqlen_q - tile_n * KEYS
     keys = 0 if C.causal else seqlen_k - tile_n * KEYS
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     edge = edges(start, full, C)
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, 0)
@@ -93,20 +93,19 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         if MODIFIED:
             p, derived = s, s
-            if ALWAYS:
+            if always:  # see backward.py
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[:, None]
-                k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+                k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
                 p, derived = modified(
                     s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    partial, window_left, window_right, ScoreMods, MaskMod, False,
-                    C,
+                    partial, window_left, window_right, ScoreMods, MaskMod, False, C,
                 )  # fmt: skip
         else:
             p = gl.exp2(s * scale_log2 - lse[:, None])
             if C.causal or C.check_keys or WINDOW:
                 if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
                     q_idx = first + m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[:, None]
-                    k_idx = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+                    k_idx = gl.arange(0, KEYS, COLUMNS)[None, :]
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, False,
                                    window_left, window_right)  # fmt: skip
                     p = gl.where(seen, p, 0.0)
@@ -123,9 +122,9 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
             q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[:, None]
-            k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
-                        True, C.inside)  # fmt: skip
+            k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
+            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
+                        ScoreMods, True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
         ds_smem.index(slot).store(ds.to(q.dtype))
         fence_async_shared()
@@ -140,7 +139,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, _, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     W: gl.constexpr = 1 if IS_DK else 0
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
@@ -236,9 +235,12 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
                       BlockLists, C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists, False, C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists, True, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        False, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        True, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
             (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
                      BlockLists, C)),
         ],
