@@ -158,7 +158,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "mask_mod", "sinks", "varlen"}
+            {"window", "softcap", "alibi", "score_mod", "bias", "mask_mod", "sinks", "varlen"}
         ),
         writes_gradients=True,
     ),

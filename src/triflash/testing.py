@@ -49,6 +49,9 @@ class Case:
         score_mod, mask_mod: from `triflash.mods`, with a reference.
         make_aux: `(case, device) -> aux`. Tensors in it that require gradients have them checked.
         sinks: there are some, learnable, of this dtype; None for none.
+        bias: which of batch, nheads, seqlen_q and seqlen_k a learnable bias has, say "hqk"; the
+            others are 1. "" for none. "-" makes it hide keys, "expanded" and "float32" say what
+            else it is beside contiguous and of q's dtype.
     """
 
     batch: int = 2
@@ -72,6 +75,7 @@ class Case:
     mask_mod: mods.MaskMod | None = None
     make_aux: Callable[[Case, torch.device], tuple[Any, ...]] | None = None
     sinks: torch.dtype | None = None
+    bias: str = ""
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -120,7 +124,23 @@ class Case:
             "mask_mod": self.mask_mod,
             "aux": () if self.make_aux is None else self.make_aux(self, device),
             "sinks": sinks,
+            "bias": self._bias(device) if self.bias else None,
         }
+
+    def _bias(self, device: torch.device) -> Tensor:
+        which, *words = self.bias.split()
+        sizes = (self.batch, self.nheads, self.seqlen_q, self.seqlen_k)
+        shape = [n if name in which else 1 for name, n in zip("bhqk", sizes, strict=True)]
+        values = torch.arange(math.prod(shape), device=device, dtype=torch.float32).view(shape)
+        bias = 3.0 * torch.sin(1.7 * values)
+        if "-" in words:
+            bias = bias.masked_fill(values % 3 == 1, float("-inf"))
+            if "q" in which:
+                bias[..., :1, :] = float("-inf")  # a row without keys
+        bias = bias.to(torch.float32 if "float32" in words else self.dtype)
+        if "expanded" in words:
+            bias = bias.expand(sizes)
+        return bias.requires_grad_()
 
     def __str__(self) -> str:
         headdim = f"{self.headdim}"
@@ -152,6 +172,8 @@ class Case:
         parts += [mod.key for mod in (self.score_mod, self.mask_mod) if mod is not None]
         if self.sinks is not None:
             parts.append(f"{_short(self.sinks)} sinks")
+        if self.bias:
+            parts.append(f"bias {self.bias}")
         return " ".join(parts)
 
 
@@ -292,8 +314,9 @@ def run_case(
 def oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """What the inputs give in float64, by the reference."""
     extras = dict(inputs.extras)
-    if extras.get("sinks") is not None:
-        extras["sinks"] = extras["sinks"].detach().double().requires_grad_()
+    for name in ("sinks", "bias"):
+        if extras.get(name) is not None:
+            extras[name] = extras[name].detach().double().requires_grad_()
     wide = Inputs(
         inputs.q.double(),
         inputs.k.double(),
@@ -382,7 +405,7 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     lse = scores.logsumexp(dim=-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, True)
     products = q.abs() @ k.abs().transpose(-1, -2) * abs(spec.softmax_scale)
     # Modifications add to scores; a cap rounds like its largest value.
-    products = products + (modified - raw).detach().abs() + case.softcap
+    products = products + (modified - raw).detach().abs().nan_to_num(posinf=0.0) + case.softcap
     products = reference.with_sinks(products, spec, tensors).detach().abs()
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)
