@@ -99,7 +99,7 @@ def alibi_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
 
 @triton.jit
 def bias(score, b, h, q_idx, kv_idx, aux):
-    """A tensor added; aux: it, and its four strides, each (stride,) or () where it has one entry."""
+    """A tensor added; aux: it, and four strides, each (stride,), or () where it has one entry."""
     return score + tl.load(aux[0] + element(b, h, q_idx, kv_idx, aux)).to(tl.float32)
 
 
