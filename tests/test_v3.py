@@ -277,6 +277,18 @@ def test_refusals_say_why(change, words):
     assert registry.get("v3").supports(spec, Target("cuda", "sm_90", 132)) is None
 
 
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_triton_version", lambda: (3, 5))
+    q = torch.empty(1, 8, 2, 64, dtype=BF16, device="meta")
+    spec = make_spec(q, q, q, None, False, False, False)
+    assert registry.get("v3").supports(spec, HOPPER) == (
+        "v3 needs Triton 3.6 or later, and 3.5 is installed."
+    )
+    registry.resolve.cache_clear()
+    assert registry.resolve("auto", spec, HOPPER).name == "v2"
+    registry.resolve.cache_clear()
+
+
 def _laid_out(layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k long enough for v3 to pay."""
     k = torch.empty(2, 4096, 8, 64, dtype=BF16, device="meta")

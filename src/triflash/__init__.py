@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triflash import mods, nn
+    from triflash.block_mask import create_block_mask
     from triflash.interface import attention, flash_attn_func
+    from triflash.mods import BlockMask
     from triflash.packed import (
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockMask",
     "attention",
+    "create_block_mask",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -40,7 +44,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BlockMask": "triflash.mods",
     "attention": "triflash.interface",
+    "create_block_mask": "triflash.block_mask",
     "flash_attn_func": "triflash.interface",
     "flash_attn_kvpacked_func": "triflash.packed",
     "flash_attn_qkvpacked_func": "triflash.packed",

@@ -33,6 +33,7 @@ def attention(
     score_mod: mods.ScoreMod | None = None,
     mask_mod: mods.MaskMod | None = None,
     aux: tuple[Tensor | float, ...] = (),
+    block_mask: mods.BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     return_lse: bool = False,
@@ -62,6 +63,8 @@ def attention(
         score_mod: from `triflash.mods.score_mod`; changes scores behind softcap and alibi_slopes.
         mask_mod: from `triflash.mods.mask_mod`; hides keys beside causal and window_size.
         aux: what score_mod and mask_mod get: tensors, contiguous and on q's device, and numbers.
+        block_mask: from `triflash.create_block_mask`; the whole mask, of which empty blocks are
+            skipped and full ones not masked. causal, window_size and mask_mod go there then.
         sinks: `(nheads,)`, float32 or q's dtype: a score more in the softmax of each row, of a key
             whose value is 0 (gpt-oss; flash-attn's learnable_sink). It has a gradient.
         bias: `(batch, nheads, seqlen_q, seqlen_k)` or 1 for any of them, float32 or q's dtype, any
@@ -81,8 +84,9 @@ def attention(
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
     features, extras = mods.features_of(
-        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, sinks, bias
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks, bias
     )  # fmt: skip
+    causal = mods.causal_of(causal, block_mask)
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, features, extras
     )  # fmt: skip

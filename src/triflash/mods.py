@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 
-from triflash.spec import PLAIN, SMALLEST_FLOAT32, Features, Mod, window_of
+from triflash.spec import (
+    BLOCK_LISTS,
+    PLAIN,
+    SMALLEST_FLOAT32,
+    Blocks,
+    Features,
+    Mod,
+    window_of,
+)
 
 Tensor = torch.Tensor
 
@@ -49,6 +57,61 @@ class MaskMod:
     key: str
     function: Any
     reference: Callable[..., Tensor] | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockMask:
+    """A mask with the blocks of it that are not empty, as `triflash.create_block_mask` makes it.
+
+    Attributes:
+        mask_mod, aux, causal, window_size: what makes the mask; a query sees a key if all show it.
+        blocks: sizes, and what the mask was made for.
+        kv_counts: `(batch, nheads, blocks of queries)` int32, how many blocks of keys each sees;
+            batch and nheads are 1 if the mask is the same for all.
+        kv_entries: `(batch, nheads, blocks of queries, blocks of keys)` int32, which, rising, as
+            2 * block, and 1 more if each of its queries sees each of its keys; behind them
+            the empty ones.
+        q_counts, q_entries: the same of the queries for each block of keys.
+        versions: of the tensors of aux when the mask was made.
+    """
+
+    mask_mod: MaskMod
+    aux: tuple[Any, ...]
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    blocks: Blocks
+    kv_counts: Tensor
+    kv_entries: Tensor
+    q_counts: Tensor
+    q_entries: Tensor
+    versions: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(batch, nheads, seqlen_q, seqlen_k)`; batch and nheads are 1 if it is one for all."""
+        blocks = self.blocks
+        return blocks.batch, blocks.nheads, blocks.seqlen_q, blocks.seqlen_k
+
+    def states(self) -> Tensor:
+        """int8 `(batch, nheads, blocks of queries, blocks of keys)`: 0 empty, 1 partial, 2 full."""
+        of_keys = self.blocks.counts[1]
+        listed = torch.arange(of_keys, device=self.kv_counts.device) < self.kv_counts[..., None]
+        state = torch.where(listed, self.kv_entries % 2 + 1, 0).to(torch.int8)
+        return torch.zeros_like(state).scatter_(-1, self.kv_entries.long() // 2, state)
+
+    def sparsity(self) -> float:
+        """Empty blocks of all, in percent; waits for the GPU."""
+        states = self.states()
+        return 100.0 * int((states == 0).sum()) / max(1, states.numel())
+
+    def __repr__(self) -> str:
+        """The counts, which wait for the GPU."""
+        counts = torch.bincount(self.states().flatten().long(), minlength=3).tolist()
+        words = ", ".join(
+            f"{n} {name}" for n, name in zip(counts, ("empty", "partial", "full"), strict=True)
+        )
+        size = f"{self.blocks.size_q} x {self.blocks.size_k}"
+        return f"BlockMask({self.mask_mod.key}, shape={self.shape}, blocks of {size}: {words})"
 
 
 def score_mod(
@@ -121,6 +184,7 @@ def features_of(
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     aux: tuple[Any, ...] = (),
+    block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
@@ -172,10 +236,58 @@ def features_of(
     if bias is not None:  # the last, so that -inf in it is no other one's input
         scores.append(Mod("bias", ("bias",)))
     mask = None if mask_mod is None else Mod(mask_mod.key, bound)
+    blocks = None
+    if block_mask is not None:
+        _check_block_mask(block_mask, mask is None and left is None and right is None)
+        left, right = block_mask.window_size
+        mask = Mod(block_mask.mask_mod.key, _bind(block_mask.aux, tensors, "mask_aux"))
+        blocks = block_mask.blocks
+        tensors.update((name, getattr(block_mask, name)) for name in BLOCK_LISTS)
     if left is None and right is None and not scores and mask is None and sinks is None:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask, sinks is not None)
+    features = Features(left, right, tuple(scores), mask, sinks is not None, blocks=blocks)
     return features, tuple(tensors[name] for name in features.names)
+
+
+def causal_of(causal: bool, block_mask: BlockMask | None) -> bool:
+    """causal of a call: its own, or that of its block mask.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if block_mask is None:
+        return causal
+    if causal is not False:
+        raise ValueError(_WHOLE_MASK.format("causal"))
+    return block_mask.causal
+
+
+_WHOLE_MASK = (
+    "block_mask is the whole mask, so there can be no {} beside it: give that to "
+    "triflash.create_block_mask"
+)
+
+
+def _check_block_mask(block_mask: Any, alone: bool) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"block_mask must come from triflash.create_block_mask, got {_shown(block_mask)}"
+        )
+    if not alone:
+        raise ValueError(_WHOLE_MASK.format("mask_mod or window_size"))
+    if torch.compiler.is_compiling():  # where tensors have no version
+        return
+    if block_mask.versions != versions(block_mask.aux):
+        raise ValueError(
+            "block_mask is out of date: a tensor of its aux was written to since it was made; "
+            "make it again"
+        )
+
+
+def versions(aux: tuple[Any, ...]) -> tuple[int, ...]:
+    """How often each tensor of aux was written to; those of inference mode do not tell."""
+    tensors = [a for a in aux if isinstance(a, torch.Tensor)]
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str, ...]:
@@ -212,6 +324,35 @@ def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, An
     scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
+
+
+def key_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
+    return _lists(features, extras, BLOCK_LISTS[:2])
+
+
+def query_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    """The same for kernels that own keys."""
+    return _lists(features, extras, BLOCK_LISTS[2:])
+
+
+def block_sizes(features: Features) -> tuple[int | None, int | None]:
+    """Queries and keys of a listed block, SIZE_Q and SIZE_K of kernels."""
+    blocks = features.blocks
+    return (None, None) if blocks is None else (blocks.size_q, blocks.size_k)
+
+
+def _lists(
+    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+) -> tuple[Any, ...] | None:
+    if features.blocks is None:
+        return None
+    named = dict(zip(features.names, extras, strict=True))
+    counts, entries = (named[name] for name in names)
+    batch, nheads, rows, length = entries.shape
+    return (
+        counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
+    )  # fmt: skip
 
 
 def for_backward(
@@ -357,15 +498,17 @@ def _new_key(function: Any) -> str:
     return key
 
 
-def _bind(aux: Any, tensors: dict[str, Tensor]) -> tuple[str | int | float, ...]:
+def _bind(
+    aux: Any, tensors: dict[str, Tensor], prefix: str = "aux"
+) -> tuple[str | int | float, ...]:
     """aux with a name for each tensor, which goes into `tensors`."""
     if not isinstance(aux, tuple | list):
         raise TypeError(f"aux must be a tuple of tensors and numbers, got {type(aux).__name__}")
     bound: list[str | int | float] = []
     for i, value in enumerate(aux):
         if isinstance(value, torch.Tensor):
-            tensors[f"aux{i}"] = value
-            bound.append(f"aux{i}")
+            tensors[f"{prefix}{i}"] = value
+            bound.append(f"{prefix}{i}")
         elif isinstance(value, bool):
             bound.append(int(value))
         elif isinstance(value, int | float):

@@ -119,14 +119,22 @@ def mask(
 
 
 def seen(
-    spec: AttentionSpec, device: torch.device, extras: _Tensors = (), first: int = 0
+    spec: AttentionSpec,
+    device: torch.device,
+    extras: _Tensors = (),
+    first: int = 0,
+    queries: slice = slice(None),
 ) -> torch.Tensor:
-    """bool that broadcasts to the scores: which keys causal, window and mask modification show."""
-    shown = visible(spec, device)
+    """bool that broadcasts to the scores: which keys causal, window and mask modification show.
+
+    Of the rows `queries` alone, if given.
+    """
+    shown = visible(spec, device, queries)
     mod = spec.features.mask_mod
     if mod is not None:
         function = _reference_of(mod)
-        shown = shown & function(*_positions(spec, device, first), _aux(mod, spec, extras))
+        b, h, q_idx, kv_idx = _positions(spec, device, first)
+        shown = shown & function(b, h, q_idx[..., queries, :], kv_idx, _aux(mod, spec, extras))
     return shown
 
 
@@ -197,11 +205,13 @@ def _rows(cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None) -> list
     return [slice(start, start + n) for start, n in zip(bounds[:-1], used.tolist(), strict=True)]
 
 
-def visible(spec: AttentionSpec, device: torch.device) -> torch.Tensor:
+def visible(
+    spec: AttentionSpec, device: torch.device, queries: slice = slice(None)
+) -> torch.Tensor:
     """bool `(seqlen_q, seqlen_k)`: which keys causal and window show; bottom-right aligned."""
-    q_idx = torch.arange(spec.seqlen_q, device=device).unsqueeze(1)
+    q_idx = torch.arange(spec.seqlen_q, device=device)[queries].unsqueeze(1)
     k_idx = torch.arange(spec.seqlen_k, device=device).unsqueeze(0)
-    seen = torch.ones(spec.seqlen_q, spec.seqlen_k, dtype=torch.bool, device=device)
+    seen = torch.ones(len(q_idx), spec.seqlen_k, dtype=torch.bool, device=device)
     position = q_idx + (spec.seqlen_k - spec.seqlen_q)
     left, right = spec.features.window_left, spec.features.window_right
     if spec.causal:

@@ -38,6 +38,7 @@ class Implementation:
         obeys_deterministic: with deterministic=True they are, even if not else.
         nvidia_only: runs what Triton and its interpreter cannot stand in for.
         archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
+        triton: the oldest (major, minor) of Triton that has what the kernels use, None for any.
         headdim_multiple: what head dimensions must be a multiple of.
         needs_tma: q, k and v must lie as TMA reads them, see AttentionSpec.tma.
         pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
@@ -60,6 +61,7 @@ class Implementation:
     obeys_deterministic: bool = False
     nvidia_only: bool = False
     archs: tuple[str, ...] = ()
+    triton: tuple[int, int] | None = None
     headdim_multiple: int = 1
     needs_tma: bool = False
     pays: str | None = None
@@ -107,6 +109,9 @@ class Implementation:
             return f"{self.name} needs the optional packages: pip install triflash[{self.extra}]."
         if not target.has_triton:
             return f"{self.name} needs the triton package, which is not installed."
+        if self.triton is not None and _triton_version() < self.triton:
+            oldest, found = (".".join(map(str, v)) for v in (self.triton, _triton_version()))
+            return f"{self.name} needs Triton {oldest} or later, and {found} is installed."
         if not target.runs_kernels:
             return (
                 f"{self.name} runs on a GPU, and q is on {target.kind}; move the tensors to a GPU, "
@@ -148,6 +153,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         obeys_deterministic=True,
         nvidia_only=True,
         archs=("sm_90",),
+        triton=(3, 6),  # Gluon
         headdim_multiple=8,  # rows of 16 bytes, for TMA
         needs_tma=True,
         pays="triflash.tuning:v3_pays",
@@ -157,9 +163,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
-        features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "bias", "mask_mod", "sinks", "varlen"}
-        ),
+        features=frozenset(FEATURES),
         writes_gradients=True,
     ),
     Implementation(
@@ -304,6 +308,12 @@ def resolve(name: str, spec: AttentionSpec, target: Target) -> Implementation:
 def _installed(package: str) -> bool:
     parent = package.rpartition(".")[0]
     return (not parent or _installed(parent)) and importlib.util.find_spec(package) is not None
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @lru_cache(maxsize=64)

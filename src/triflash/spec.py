@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ FEATURES = {
     "score_mod": "score modifications (score_mod)",
     "bias": "bias tensors (bias)",
     "mask_mod": "mask modifications (mask_mod)",
+    "block_mask": "block masks (block_mask)",
     "sinks": "attention sinks (sinks)",
     "varlen": "packed sequences (cu_seqlens_q)",
 }
@@ -50,6 +51,39 @@ class Mod:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The lists of a block mask: which blocks are not empty, and which of them are full.
+
+    Of blocks of `size_q` queries and `size_k` keys; for each of `batch` entries and `nheads` heads,
+    or 1 for all. Their tensors are called BLOCK_LISTS.
+    """
+
+    size_q: int
+    size_k: int
+    batch: int
+    nheads: int
+    seqlen_q: int
+    seqlen_k: int
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Blocks of queries, and of keys."""
+        return -(-self.seqlen_q // self.size_q), -(-self.seqlen_k // self.size_k)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors called BLOCK_LISTS."""
+        of_q, of_k = self.counts
+        lead = (self.batch, self.nheads)
+        return (*lead, of_q), (*lead, of_q, of_k), (*lead, of_k), (*lead, of_k, of_q)
+
+
+# int32: how many blocks of keys a block of queries sees, and which, rising, as block * 2 + full;
+# then how many blocks of queries see a block of keys, and which.
+BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries")
+
+
+@dataclass(frozen=True)
 class Features:
     """What a call asks for beside plain attention; docs/semantics.md states what it means.
 
@@ -62,6 +96,7 @@ class Features:
         mask_mod: hides keys beside causal and window.
         sinks: each head's softmax has a score more, in the last of the extras.
         with_grad: names of the extras whose gradients are wanted.
+        blocks: the lists of a block mask, which is that of causal, window and mask_mod.
     """
 
     window_left: int | None = None
@@ -70,6 +105,7 @@ class Features:
     mask_mod: Mod | None = None
     sinks: bool = False
     with_grad: tuple[str, ...] = ()
+    blocks: Blocks | None = None
 
     @property
     def mods(self) -> tuple[Mod, ...]:
@@ -81,7 +117,8 @@ class Features:
         names: dict[str, None] = {}
         for mod in self.mods:
             names.update((a, None) for a in mod.aux if isinstance(a, str))
-        return (*names, "sinks") if self.sinks else tuple(names)
+        lists = () if self.blocks is None else BLOCK_LISTS
+        return (*names, *lists, *(("sinks",) if self.sinks else ()))
 
     def named(self, extras: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The extras by their names."""
@@ -102,6 +139,7 @@ class Features:
         used = [] if self.window_left is None and self.window_right is None else ["window"]
         used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
         used += [] if self.mask_mod is None else ["mask_mod"]
+        used += [] if self.blocks is None else ["block_mask"]
         return (*used, "sinks") if self.sinks else tuple(used)
 
     @property
@@ -120,6 +158,8 @@ class Features:
             parts.append("sinks")
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
+        if self.blocks is not None:
+            parts.append("blocks=" + ",".join(map(str, astuple(self.blocks))))
         return ";".join(parts)
 
 
@@ -140,6 +180,8 @@ def features_of_text(text: str) -> Features:
             features = replace(features, sinks=True)
         elif field == "grad":
             features = replace(features, with_grad=(first, *rest))
+        elif field == "blocks":
+            features = replace(features, blocks=Blocks(*map(int, (first, *rest))))
         else:
             mod = Mod(first, tuple(map(_number_or_name, rest)))
             if field == "score":
@@ -357,6 +399,8 @@ def _validate(
     ):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
+    if features.blocks is not None:
+        _check_blocks(features.blocks, batch, nheads, seqlen_q, seqlen_k)
     causal, features = _narrowest(causal, features, seqlen_q, seqlen_k)
     return AttentionSpec(
         batch=batch,
@@ -421,6 +465,21 @@ def _narrowest(
     return causal, replace(features, window_left=left, window_right=right)
 
 
+def _check_blocks(blocks: Blocks, batch: int, nheads: int, seqlen_q: int, seqlen_k: int) -> None:
+    for name, has, wanted in (
+        ("seqlen_q", blocks.seqlen_q, seqlen_q),
+        ("seqlen_k", blocks.seqlen_k, seqlen_k),
+    ):
+        if has != wanted:
+            raise ValueError(f"block_mask must be made for {name} {wanted}, got one for {has}")
+    for name, has, wanted in (("batch", blocks.batch, batch), ("nheads", blocks.nheads, nheads)):
+        if has not in (1, wanted):
+            raise ValueError(
+                f"block_mask must be made for {name} {wanted}, or 1 or None for all, got one for "
+                f"{has}"
+            )
+
+
 def _check_extras(
     spec: AttentionSpec,
     names: tuple[str, ...],
@@ -441,6 +500,14 @@ def _check_extras(
                 f"{name} must be contiguous, got strides {tuple(tensor.stride())} of shape "
                 f"{tuple(tensor.shape)}; call .contiguous() first"
             )
+        if name in BLOCK_LISTS:
+            assert spec.features.blocks is not None  # for the type checker: names come from it
+            shape = spec.features.blocks.shapes[BLOCK_LISTS.index(name)]
+            if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} of block_mask must be int32 of shape {shape}, got {tensor.dtype} of "
+                    f"shape {tuple(tensor.shape)}"
+                )
         if name == "alibi_slopes":
             if tensor.dtype != torch.float32:
                 raise TypeError(f"alibi_slopes must be float32, got {tensor.dtype}")

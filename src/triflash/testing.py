@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from triflash import mods, reference, registry
+from triflash.block_mask import create_block_mask
 from triflash.interface import attention
 from triflash.spec import AttentionSpec, make_spec
 from triflash.target import target_of
@@ -48,6 +49,8 @@ class Case:
         alibi: "heads" or "batch and heads", what slopes there are, or "".
         score_mod, mask_mod: from `triflash.mods`, with a reference.
         make_aux: `(case, device) -> aux`. Tensors in it that require gradients have them checked.
+        block_size: of a block mask of causal, window_size and mask_mod, or None for no such thing.
+        block_heads: the block mask is one for each batch entry and head.
         sinks: there are some, learnable, of this dtype; None for none.
         bias: which of batch, nheads, seqlen_q and seqlen_k a learnable bias has, say "hqk"; the
             others are 1. "" for none. "-" makes it hide keys, "expanded" and "float32" say what
@@ -74,6 +77,8 @@ class Case:
     score_mod: mods.ScoreMod | None = None
     mask_mod: mods.MaskMod | None = None
     make_aux: Callable[[Case, torch.device], tuple[Any, ...]] | None = None
+    block_size: tuple[int, int] | None = None
+    block_heads: bool = False
     sinks: torch.dtype | None = None
     bias: str = ""
 
@@ -116,16 +121,25 @@ class Case:
         if self.sinks is not None:  # some smaller than most scores, some larger
             sinks = torch.arange(self.nheads, device=device, dtype=self.sinks) * 3.0 - 1.0
             sinks.requires_grad_()
-        return {
-            "window_size": self.window_size,
+        aux = () if self.make_aux is None else self.make_aux(self, device)
+        scores = {
             "softcap": self.softcap,
             "alibi_slopes": slopes,
             "score_mod": self.score_mod,
-            "mask_mod": self.mask_mod,
-            "aux": () if self.make_aux is None else self.make_aux(self, device),
             "sinks": sinks,
             "bias": self._bias(device) if self.bias else None,
         }
+        if self.block_size is None:
+            masks = {"window_size": self.window_size, "mask_mod": self.mask_mod}
+            return {**scores, **masks, "aux": aux}
+        assert self.mask_mod is not None, "there is no block mask without mask_mod"
+        block_mask = create_block_mask(
+            self.mask_mod, self.batch if self.block_heads else None,
+            self.nheads if self.block_heads else None, self.seqlen_q, self.seqlen_k,
+            causal=self.causal, window_size=self.window_size, aux=aux, device=device,
+            block_size=self.block_size,
+        )  # fmt: skip
+        return {**scores, "aux": () if self.score_mod is None else aux, "block_mask": block_mask}
 
     def _bias(self, device: torch.device) -> Tensor:
         which, *words = self.bias.split()
@@ -170,6 +184,9 @@ class Case:
         if self.alibi:
             parts.append(f"alibi of {self.alibi}")
         parts += [mod.key for mod in (self.score_mod, self.mask_mod) if mod is not None]
+        if self.block_size is not None:
+            of = " a head" if self.block_heads else ""
+            parts.append(f"blocks of {self.block_size[0]}x{self.block_size[1]}{of}")
         if self.sinks is not None:
             parts.append(f"{_short(self.sinks)} sinks")
         if self.bias:
@@ -294,7 +311,7 @@ def run_case(
             q,
             k,
             v,
-            causal=case.causal,
+            causal=case.causal and case.block_size is None,
             softmax_scale=case.softmax_scale,
             return_lse=True,
             allow_tf32=case.allow_tf32,

@@ -7,7 +7,10 @@ memory and registers, compiled but not timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from math import gcd
 
 import torch
 
@@ -118,6 +121,23 @@ def tma_pays(spec: AttentionSpec, target: Target) -> bool:
     )
 
 
+def _within_blocks(
+    tiles: Callable[[AttentionSpec, Target, bool], TileConfig],
+) -> Callable[[AttentionSpec, Target, bool], TileConfig]:
+    """Tiles that divide the blocks of a block mask."""
+
+    @wraps(tiles)
+    def within(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
+        config, blocks = tiles(spec, target, use_tma), spec.features.blocks
+        if blocks is None:
+            return config
+        block_m, block_n = gcd(config.block_m, blocks.size_q), gcd(config.block_n, blocks.size_k)
+        return replace(config, block_m=block_m, block_n=block_n)
+
+    return within
+
+
+@_within_blocks
 def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the forward kernel."""
     d = _widest(spec)
@@ -160,6 +180,7 @@ def v2_delta(spec: AttentionSpec, target: Target) -> TileConfig:
     return TileConfig(16, 1, 4, 1)
 
 
+@_within_blocks
 def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dk, dv kernel."""
     d = _widest(spec)
@@ -194,6 +215,7 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
 
 
+@_within_blocks
 def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     """Tiles of the dq kernel."""
     d = _widest(spec)

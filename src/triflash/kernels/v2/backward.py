@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from triflash import mods, tuning
+from triflash.kernels.common.blocks import block_list, most_listed, visited
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
@@ -67,18 +68,20 @@ def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, stride_ob, stride
 @triton.jit(
     do_not_specialize=[
         "nheads_k", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+        "BlockLists",
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK,
-                SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
-                stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs,
-                stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
-                nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockLists, CuSeqlensQ,
+                CuSeqlensK, SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh,
+                stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
+                stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs,
+                stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
                 window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                 CAUSAL: tl.constexpr, GQA: tl.constexpr, CHECK_QUERIES: tl.constexpr,
-                PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr,
+                SIZE_K: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
     Scores are computed transposed, so that p and ds are left operands of the products they enter.
@@ -112,10 +115,16 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlens
     span = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M) * BLOCK_M
     if SeqUsedK is not None:
         span = tl.where(start_n < seqlen_k, span, 0)
+    if BlockLists is not None:
+        most = most_listed(BlockLists, batch, head_k * group_size, group_size, start_n // SIZE_K)
+        start, span = 0, most * SIZE_Q
     # One loop over the heads of a group, so that one follows the other without a gap.
     for walked in tl.range(0, group_size * span, BLOCK_M):
-        start_m = start + (walked % span if GQA else walked)
+        start_m, partial = start + (walked % span if GQA else walked), True
         head = head_k * group_size + (walked // span if GQA else 0)
+        if BlockLists is not None:
+            _, entries = block_list(BlockLists, batch, head, start_n // SIZE_K)
+            start_m, partial = visited(entries, start_m, SIZE_Q)
         row = lse_offset(batch.to(tl.int64) * nheads_k, head, entry_q, group_size, seqlen_q,
                          total_q)  # fmt: skip
         q = load_tile(Q, entry_q, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
@@ -138,15 +147,18 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlens
         else:
             s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
         if MaskMod is not None:
-            q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
-            k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
-            s_t = tl.where(seen, s_t, float("-inf"))
+            if partial:  # as every block is without lists
+                q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t)
         if CAUSAL or window_left is not None or window_right is not None:
             edge = start_m < full
             if window_left is not None:
                 edge = edge | (start_m >= full_to)
+            if BlockLists is not None:
+                edge = partial
             if edge:  # only tiles on the edge of the mask pay for it
                 q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
@@ -177,17 +189,19 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, CuSeqlens
 @triton.jit(
     do_not_specialize=[
         "nheads", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+        "BlockLists",
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
-              SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
-              stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs, stride_gh,
-              stride_dqb, stride_dqs, stride_dqh, nheads, group_size, seqlen_q, seqlen_k, total_q,
-              total_k, window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, CuSeqlensQ, CuSeqlensK,
+              SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
+              stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs,
+              stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads, group_size, seqlen_q, seqlen_k,
+              total_q, total_k, window_left, window_right, HEADDIM: tl.constexpr,
+              HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
+              CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -223,10 +237,16 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuS
     begin = 0
     if window_left is not None:
         begin, _ = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+    if BlockLists is not None:
+        count, entries = block_list(BlockLists, batch, head, start_m // SIZE_Q)
+        begin, end = 0, count * SIZE_K
     MASKED: tl.constexpr = (
         CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
     )
-    for start_n in tl.range(begin, end, BLOCK_N):
+    for walked in tl.range(begin, end, BLOCK_N):
+        start_n, partial = walked, True
+        if BlockLists is not None:
+            start_n, partial = visited(entries, walked, SIZE_K)
         k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -239,16 +259,18 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, CuSeqlensQ, CuS
         else:
             p = tl.exp2(s * scale_log2 - lse_log2[:, None])
         if MASKED:  # in every block: a branch costs 5% at d128, saves it at d64
-            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
-            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, False, window_left,
-                           window_right)  # fmt: skip
-            p = tl.where(seen, p, 0.0)
+            if partial:
+                q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+                seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                               window_right)  # fmt: skip
+                p = tl.where(seen, p, 0.0)
         if MaskMod is not None:
-            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
-            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
-            p = tl.where(seen, p, 0.0)
+            if partial:  # as every block is without lists
+                q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                p = tl.where(seen, p, 0.0)
         v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -297,11 +319,14 @@ def backward(
     if lse.numel():
         inputs = (out, dout, lse if dlse is None else dlse)
         launch_delta(*inputs, delta, sequences.cu_seqlens_q, sequences.seqused_q)
-    for launch, written in ((launch_dkdv, (dk, dv)), (launch_dq, (dq,))):
+    for launch, written, lists in (
+        (launch_dkdv, (dk, dv), mods.query_lists(spec.features, extras)),
+        (launch_dq, (dq,), mods.key_lists(spec.features, extras)),
+    ):
         if written[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
             with mods.explained(spec.features) if spec.features.mods else nullcontext():
-                launch(*operands, lse, delta, *written, *modifications, *sequences)
+                launch(*operands, lse, delta, *written, *modifications, lists, *sequences)
     return dq, dk, dv, *dextras(lse, delta)
 
 
@@ -340,6 +365,7 @@ def _prepare(
     precision = tuning.dot_precision(spec, target)
     packed = spec.varlen is not None
     queries, keys = spec.nheads * spec.batch, spec.nheads_k * spec.batch
+    sizes = size_q, size_k = mods.block_sizes(spec.features)
 
     config = tuning.v2_delta(spec, target)
     delta = Launch(
@@ -357,8 +383,8 @@ def _prepare(
         (spec.softmax_scale, *strides, *stride_dk, *stride_dv, spec.nheads_k, spec.group_size,
          *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, spec.group_size > 1, packed or spec.seqlen_q % config.block_m != 0,
-         precision, use_tma),
+         spec.causal, spec.group_size > 1,
+         packed or spec.seqlen_q % (size_q or config.block_m) != 0, precision, use_tma, *sizes),
         config,
     )  # fmt: skip
 
@@ -369,7 +395,8 @@ def _prepare(
         (spec.softmax_scale, *strides, *stride_dq, spec.nheads, spec.group_size, *lengths,
          *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
-         spec.causal, packed or spec.seqlen_k % config.block_n != 0, precision, use_tma),
+         spec.causal, packed or spec.seqlen_k % (size_k or config.block_n) != 0, precision,
+         use_tma, *sizes),
         config,
     )  # fmt: skip
     return delta, dkdv, dq

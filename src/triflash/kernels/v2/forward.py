@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from triflash import mods, tuning
+from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
@@ -38,22 +39,24 @@ from triflash.target import Target, target_of
 @triton.jit(
     do_not_specialize=[
         "nheads", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+        "BlockLists",
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, Sinks, CuSeqlensQ, CuSeqlensK, SeqUsedQ,
-                   SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks,
-                   stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
-                   nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
+def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuSeqlensQ, CuSeqlensK,
+                   SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh, stride_kb,
+                   stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os,
+                   stride_oh, nheads, group_size, seqlen_q, seqlen_k, total_q, total_k, window_left,
                    window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
-                   USE_TMA: tl.constexpr):  # fmt: skip
+                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+                   SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2.
 
     With CuSeqlensQ, a batch entry is a sequence of packed tensors, and seqlen_q and seqlen_k are
-    the largest: programs past the end of theirs leave, those of unused rows write that.
+    the largest: programs past the end of theirs leave, those of unused rows write that. With
+    BlockLists, a program walks the listed blocks of SIZE_K keys.
     """
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -92,10 +95,16 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, Sinks, CuSeqlensQ, CuS
     begin = 0
     if window_left is not None:
         begin, full_from = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+    if BlockLists is not None:
+        count, entries = block_list(BlockLists, batch, head, start_m // SIZE_Q)
+        begin, end = 0, count * SIZE_K
     MASKED: tl.constexpr = (
         CAUSAL or CHECK_KEYS or window_left is not None or window_right is not None
     )
-    for start_n in tl.range(begin, end, BLOCK_N):
+    for walked in tl.range(begin, end, BLOCK_N):
+        start_n, partial = walked, True
+        if BlockLists is not None:
+            start_n, partial = visited(entries, walked, SIZE_K)
         k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -107,6 +116,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, Sinks, CuSeqlensQ, CuS
             edge = start_n >= full
             if window_left is not None:
                 edge = edge | (start_n < full_from)
+            if BlockLists is not None:
+                edge = partial
             if edge:  # only tiles on the edge of the mask pay for it
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
@@ -114,10 +125,11 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, Sinks, CuSeqlensQ, CuS
                                window_right)  # fmt: skip
                 s = tl.where(seen, s, float("-inf"))
         if MaskMod is not None:
-            q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
-            k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
-            s = tl.where(seen, s, float("-inf"))
+            if partial:  # as every block is without lists
+                q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
+                k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                s = tl.where(seen, s, float("-inf"))
         hides: tl.constexpr = MASKED or MaskMod is not None or ScoreMods is not None
         m_i, p, alpha = softmax_step(s, m_i, scale_log2, hides)
         l_i = l_i * alpha + tl.sum(p, 1)
@@ -172,8 +184,9 @@ def forward(
         v = tile_descriptor(v, launch.config.block_n, block_dv)
     with mods.explained(spec.features) if spec.features.mods else nullcontext():
         modifications = mods.for_forward(spec.features, extras)
+        lists = mods.key_lists(spec.features, extras)
         sinks = extras[-1] if spec.features.sinks else None
-        launch(q, k, v, out, lse, *modifications, sinks, *sequences)
+        launch(q, k, v, out, lse, *modifications, lists, sinks, *sequences)
     return out, lse, []
 
 
@@ -196,6 +209,7 @@ def _prepare(
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
+    size_q, size_k = mods.block_sizes(spec.features)
     return Launch(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
@@ -203,7 +217,7 @@ def _prepare(
          spec.seqlen_k, *spec.totals, spec.features.window_left, spec.features.window_right),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
-         spec.varlen is not None or spec.seqlen_k % config.block_n != 0, sign,
-         tuning.dot_precision(spec, target), use_tma),
+         spec.varlen is not None or spec.seqlen_k % (size_k or config.block_n) != 0, sign,
+         tuning.dot_precision(spec, target), use_tma, size_q, size_k),
         config,
     )  # fmt: skip

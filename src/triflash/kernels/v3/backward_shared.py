@@ -16,7 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from triflash.kernels.common.mask import query_range
 from triflash.kernels.common.softmax import lse_to_log2
-from triflash.kernels.v3.tma import fence_async_global, load, reduce_add, wait_for_reductions
+from triflash.kernels.v3.tma import (
+    async_load,
+    async_store,
+    fence_async_global,
+    load,
+    reduce_add,
+    wait_for_reductions,
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
         load(Q, batch, head, start_m, q_full.index(slot), q_smem.index(slot))
         row = (batch * nheads + head) * tiles_m + start_m // C.block_m
-        tma.async_copy_global_to_shared(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
+        async_load(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
         slot = i % C.dout_stages
         mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
         mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
@@ -232,6 +239,6 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
     mbarrier.wait(done.index(0), 0)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
-        tma.async_copy_shared_to_global(dV, [batch, head_k, row, 0], dv_smem.index(w))
-        tma.async_copy_shared_to_global(dK, [batch, head_k, row, 0], dk_smem.index(w))
+        async_store(dV, [batch, head_k, row, 0], dv_smem.index(w))
+        async_store(dK, [batch, head_k, row, 0], dk_smem.index(w))
     tma.store_wait(0)

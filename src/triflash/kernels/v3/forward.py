@@ -30,7 +30,16 @@ from triflash import tuning
 from triflash.kernels.common.launch import Launch, strides_of
 from triflash.kernels.common.mask import key_range, visible
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
-from triflash.kernels.v3.tma import barriers, buffers, load, tile, view
+from triflash.kernels.v3.tma import (
+    async_load,
+    async_store,
+    barriers,
+    buffers,
+    load,
+    thread_barrier,
+    tile,
+    view,
+)
 from triflash.spec import AttentionSpec
 from triflash.target import Target, target_of
 
@@ -119,7 +128,7 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
                     slot = t % STAGES_Q * CONSUMERS + w
                     mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
                     publish(tile_smem, slot, start_m, batch, head)
-                    gl.thread_barrier()
+                    thread_barrier()
                     fill(Q, batch, head, start_m + w * ROWS, q_full.index(slot), q_smem, slot,
                          C.parts)  # fmt: skip
             if i > 0:
@@ -151,7 +160,7 @@ def fill(descs, batch, head, row, bar, rings, slot, PARTS: gl.constexpr):
         mbarrier.expect(bar, descs[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        async_load(
             descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, rings[1].index(slot)
         )
     load(descs[0], batch, head, row, bar, rings[0].index(slot))
@@ -284,7 +293,7 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
             tile(o_smem[part], W).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            tma.async_copy_shared_to_global(
+            async_store(
                 Out[part], [batch, head, start_m, part * v_smem[0].shape[4]], o_smem[part].index(W)
             )
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))

@@ -11,6 +11,11 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Triton 3.7 and 3.9 gave these other names.
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @builtin
 def reduce_add(desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
@@ -61,7 +66,7 @@ def _BAR_SYNC(threads):
 @gluon.jit
 def load(desc, batch, head, row, bar, smem):
     """TMA of one tile [1, 1, rows, headdim] at (batch, head, row, 0); bar already expects it."""
-    tma.async_copy_global_to_shared(desc, [batch, head, row, 0], bar, smem)
+    async_load(desc, [batch, head, row, 0], bar, smem)
 
 
 @gluon.jit
