@@ -367,6 +367,8 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv.
         return HopperBackwardConfig(128, 128, 64, 64, 2, 2, late_dv=True, fold=False, lag=True)
+    if d <= 128 and spec.features.mods:
+        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step

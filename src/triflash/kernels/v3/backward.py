@@ -55,6 +55,7 @@ from triflash.kernels.v3.backward_shared import (
     before_kernel,
     edges,
     head_of,
+    listed,
     locate,
     masked,
     modified,
@@ -123,7 +124,7 @@ def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-             W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+             BlockLists, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
@@ -134,12 +135,13 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     group_size = sizes[2]
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
-    ALWAYS = group_size > 0
     BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
-    tile_n, batch, head_k, start, full, blocks, places = locate(sizes, window_left, window_right, C)
+    tile_n, batch, head_k, start, full, blocks, places = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
     _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     k_pos = tile_n * C.block_n + W * KEYS
@@ -154,6 +156,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         k_idx -= seqlen_k
         keys = 0
     edge = edges(start, full, C)
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, W)
     v = tile(v_smem, W)
@@ -167,6 +170,11 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % STAGES
         phase = i // STAGES & 1
         q = tile(q_smem, slot)
@@ -192,13 +200,11 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
-            if ALWAYS:  # ptxas moves nothing over a branch; without it it begins with too much
-                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
-                head = head_of(i, head_k, blocks, group_size, C)
+            if always:  # over a branch ptxas moves nothing; else it begins with too much at once
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod,
-                    True, C,
+                    partial, window_left, window_right, ScoreMods, MaskMod, True, C,
                 )  # fmt: skip
                 p_16 = p_t.to(q.dtype)
             p_t = ds_t
@@ -206,9 +212,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
             if C.causal or C.check_keys or WINDOW:
                 if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
-                    q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
-                    if WINDOW:
-                        q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+                    q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
                                    window_left, window_right)  # fmt: skip
                     p_t = gl.where(seen, p_t, 0.0)
@@ -228,10 +232,8 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
         if C.scatter:
-            # LLVM does not know this 0, or it would keep the addresses that scores were modified by.
-            zero = gl.minimum(group_size, 0)
-            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[None, :]
-            head = head_of(i, head_k, blocks, group_size, C)
+            # With zero, as LLVM would keep the addresses that scores were modified by.
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[None, :]
             ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                           ScoreMods, True, C.inside)  # fmt: skip
         ds_t = ds_t.to(q.dtype)
@@ -278,7 +280,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
+                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
                     window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
@@ -319,12 +321,13 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     gl.warp_specialize(
         [
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, 0, C)),
+                        MaskMod, BlockLists, 0, C)),
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C)),
+                        MaskMod, BlockLists, 1, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
             (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     C)),
+                     BlockLists, C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -417,7 +420,7 @@ def _arguments(
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
     named = dict(zip(names_of_sums, aux_sums, strict=True))
     modifications = mods.backward_arguments(features, extras, named, approximate=True)
-    return turn, blocks, *modifications
+    return turn, blocks, *modifications, mods.query_lists(features, extras)
 
 
 @dataclass(frozen=True)
@@ -455,8 +458,10 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
+    size_q, size_k = mods.block_sizes(spec.features)
+    rows = size_q or block_m
     packed = spec.varlen is not None
-    tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
+    tiles = -(-spec.seqlen_q // rows) * (rows // block_m) * spec.nheads * spec.batch
     of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
     of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
     if packed:
@@ -470,7 +475,7 @@ def _prepare(
     keys = KEYS.value
     # Only modifications ask, so that nothing else is compiled anew.
     inside = bool(spec.features.mods) and not packed
-    inside = inside and spec.seqlen_q % block_m == spec.seqlen_k % block_n == 0
+    inside = inside and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
     size_of_sums = block_m * width
     views = (
         describe(shape_q, stride_q, block_m, width, spec.dtype),
@@ -487,7 +492,7 @@ def _prepare(
         before_kernel,
         tiles,
         (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, sequences),
-        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
+        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False, rows),
         around,
     )
     backward = Launch(
@@ -500,7 +505,7 @@ def _prepare(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dp,
                 config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
                 packed or spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic,
-                packed, inside, bool(names_of_sums),
+                packed, inside, bool(names_of_sums), rows, size_q, size_k,
             ),
         ),
         config,
@@ -512,7 +517,7 @@ def _prepare(
         tiles * size_of_sums // PART.value**2,
         (spec.softmax_scale, *(entry_strides(stride_dq) if stride_dq else (None,) * 3),
          spec.nheads, spec.seqlen_q, sequences),
-        (spec.headdim, block_m, width),
+        (spec.headdim, block_m, width, rows),
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
 from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
@@ -49,6 +50,9 @@ class Schedule:
     packed: bool
     inside: bool  # all queries and keys of all tiles exist; modifications want to know
     scatter: bool  # gradients of aux are wanted
+    rows: int  # of Stats and Sums, a head's fill a multiple of it
+    size_q: int | None  # of a block mask's blocks
+    size_k: int | None
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -68,11 +72,15 @@ UNSPECIALIZED = [
 def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total_q, stride_ob,
                   stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
                   sequences, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
-    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
+                  BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr,
+                  ROWS: tl.constexpr):  # fmt: skip
+    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
+
+    A head has tiles up to a multiple of ROWS.
+    """
     pid = tl.program_id(0)
     if CuSeqlensQ is None:
-        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+        tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
         batch = (pid // tiles_m // nheads).to(tl.int64)
         head = (pid // tiles_m % nheads).to(tl.int64)
         start_m = pid % tiles_m * BLOCK_M
@@ -110,7 +118,7 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
 def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, stride_dqs, stride_dqh,
                  nheads, seqlen_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_D: tl.constexpr):  # fmt: skip
+                 BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`; no strides: contiguous."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
     pid = tl.program_id(0)
@@ -119,7 +127,7 @@ def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, strid
         stride_dqh = HEADDIM
         stride_dqs = nheads * HEADDIM
     if CuSeqlensQ is None:
-        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+        tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
         start_m = pid // PARTS % tiles_m * BLOCK_M
         row = pid // PARTS // tiles_m
         head = row % nheads
@@ -160,15 +168,16 @@ def pack(part):
 
 
 @gluon.jit
-def locate(sizes, window_left, window_right, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head, places).
+def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
+    """What a program works on: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
     Places are (entry_q, entry_k, rows_k, seqlen_q, seqlen_k).
 
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
+    With BlockLists blocks are those listed, and what they need `listed` knows.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
-    _nheads, nheads_k, _group_size, seqlen_q, seqlen_k, Blocks = sizes
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes
     pid = gl.program_id(0)
     if C.packed:
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
@@ -199,6 +208,9 @@ def locate(sizes, window_left, window_right, C: gl.constexpr):
     blocks = gl.cdiv(end - start, C.block_m)
     if C.packed:
         blocks = gl.maximum(blocks, 0)
+    if BlockLists is not None:
+        most = most_listed(BlockLists, batch, head_k * group_size, group_size, start_n // C.size_k)
+        blocks = most * (C.size_q // C.block_m)
     places = (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)
     return tile_n, batch, head_k, start, (full, full_to), blocks, places
 
@@ -211,7 +223,7 @@ def workspace(sizes, batch, places, C: gl.constexpr):
         tiles_m = gl.load(sizes[5] + 1)
         first = places[0] // C.block_m + batch
     else:
-        tiles_m = gl.cdiv(places[3], C.block_m)
+        tiles_m = gl.cdiv(places[3], C.rows) * (C.rows // C.block_m)
         first = batch * nheads
     return first, tiles_m
 
@@ -227,8 +239,23 @@ def row_of(head, start_m, first, tiles_m, C: gl.constexpr):
 
 
 @gluon.jit
-def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
-    """Step i as (head, start_m): head after head, so that one follows the other without a gap."""
+def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Block m of a walk along the list of a program's keys, as (first query, partly seen)."""
+    _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return visited(entries, m * C.block_m, C.size_q)
+
+
+@gluon.jit
+def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """How many programs of earlier keys add to block m's dq."""
+    PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
+    before = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
+    return before * PROGRAMS + tile_n % PROGRAMS
+
+
+@gluon.jit
+def walk(i, head_k, blocks, group_size, C: gl.constexpr):
+    """Step i as (head, m): head after head, so that one follows the other without a gap."""
     head = head_k
     m = i
     if C.gqa:
@@ -236,7 +263,7 @@ def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
         m = i % blocks
     if C.backwards:
         m = blocks - 1 - m
-    return head, start + m * C.block_m
+    return head, m
 
 
 @gluon.jit
@@ -289,13 +316,14 @@ def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
 
 
 @gluon.jit
-def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, edge,
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial,
              window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
     """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
 
     Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
-    with. Not if gradients of aux are wanted: then the second is p again.
+    with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
+    causal, window and the end of keys checked, and with lists of blocks MaskMod.
     """
     if ScoreMods is not None:
         score = s * softmax_scale
@@ -304,13 +332,14 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
     else:
         p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
     if C.causal or C.check_keys or window_left is not None or window_right is not None:
-        if edge:
+        if partial:
             seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
                            window_right)  # fmt: skip
             p = gl.where(seen, p, 0.0)
     if MaskMod is not None:
-        seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
-        p = gl.where(seen, p, 0.0)
+        if partial or C.size_q is None:
+            seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
+            p = gl.where(seen, p, 0.0)
     derived = p
     if ScoreMods is not None and not C.scatter:
         derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
@@ -319,13 +348,14 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
 
 
 @gluon.jit
-def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: gl.constexpr):
+def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
-        sizes, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     entry_q, entry_k, _rows_k, seqlen_q, seqlen_k = places
     first, tiles_m = workspace(sizes, batch, places, C)
@@ -336,7 +366,10 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: 
         mbarrier.expect(v_full.index(w), V.block_type.nbytes)
         load(V, entry_k, head_k, row, seqlen_k, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
-        head, start_m = walk(i, head_k, start, blocks, group_size, C)
+        head, m = walk(i, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % C.stages
         mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
@@ -351,7 +384,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C: 
 
 @gluon.jit
 def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-          C: gl.constexpr):  # fmt: skip
+          BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
@@ -368,7 +401,7 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
-        sizes, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
@@ -378,13 +411,18 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
             mbarrier.wait(dq_full.index(w), 0)
             mbarrier.arrive(dq_empty.index(w), count=1)
     for i in range(LAG, group_size * blocks + LAG):
-        head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
+        head, m = walk(i - LAG, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         row = row_of(head, start_m, first, tiles_m, C)
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
                 begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
                 turn -= begin[0] // C.block_n
+            if BlockLists is not None:
+                turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
             # They have smaller numbers, so they are running or done.
             while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass

@@ -27,6 +27,7 @@ from triflash.kernels.v3.backward_shared import (
     adder,
     edges,
     head_of,
+    listed,
     locate,
     masked,
     modified,
@@ -42,24 +43,27 @@ P_STAGES = gl.constexpr(2)  # blocks of p, and of ds
 
 @gluon.jit
 def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-           C: gl.constexpr):  # fmt: skip
+           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warpgroup that makes p and ds."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
-    ALWAYS = group_size > 0
-    zero = gl.minimum(group_size, 0)
+    MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    tile_n, batch, head_k, start, full, blocks, places = locate(sizes, window_left, window_right, C)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    tile_n, batch, head_k, start, full, blocks, places = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
     _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     first = start + seqlen_k - seqlen_q - tile_n * KEYS
     keys = 0 if C.causal else seqlen_k - tile_n * KEYS
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     edge = edges(start, full, C)
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, 0)
@@ -67,6 +71,11 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(v_full.index(0), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         q_slot = i % C.stages
         do_slot = i % C.dout_stages
         slot = i % P_STAGES
@@ -83,25 +92,21 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
         s = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
-        if ScoreMods is not None or MaskMod is not None:
+        if MODIFIED:
             p, derived = s, s
-            if ALWAYS:
-                q_pos = positions(start + m * BLOCK_M, BLOCK_M, QUERIES)[:, None]
-                k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[
-                    None, :
-                ]
-                head = head_of(i, head_k, blocks, group_size, C)
+            if always:  # see backward.py
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[:, None]
+                k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
                 p, derived = modified(
                     s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    masked(m, edge, window_left), window_left, window_right, ScoreMods, MaskMod, False,
-                    C,
+                    partial, window_left, window_right, ScoreMods, MaskMod, False, C,
                 )  # fmt: skip
         else:
             p = gl.exp2(s * scale_log2 - lse[:, None])
             if C.causal or C.check_keys or WINDOW:
                 if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
                     q_idx = first + m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[:, None]
-                    k_idx = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+                    k_idx = gl.arange(0, KEYS, COLUMNS)[None, :]
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, False,
                                    window_left, window_right)  # fmt: skip
                     p = gl.where(seen, p, 0.0)
@@ -117,11 +122,10 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
-            q_pos = positions(start + m * BLOCK_M + zero, BLOCK_M, QUERIES)[:, None]
-            k_pos = positions(tile_n * KEYS + i * zero, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-            head = head_of(i, head_k, blocks, group_size, C)
-            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods,
-                        True, C.inside)  # fmt: skip
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[:, None]
+            k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
+            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
+                        ScoreMods, True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
         ds_smem.index(slot).store(ds.to(q.dtype))
         fence_async_shared()
@@ -130,8 +134,8 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
 
 
 @gluon.jit
-def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.constexpr,
-             C: gl.constexpr):  # fmt: skip
+def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+             IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, _, do_empty = bars
@@ -146,7 +150,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
-        sizes, window_left, window_right, C
+        sizes, window_left, window_right, BlockLists, C
     )
     k = tile(k_smem, 0)
     acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
@@ -191,7 +195,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, IS_DK: gl.
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
+                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
                     window_left, window_right,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
@@ -234,12 +238,15 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
-                      C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, False, C)),
-            (gradient, (shared, softmax_scale, sizes, window_left, window_right, True, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, C)),
+                      BlockLists, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        False, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        True, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
             (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     C)),
+                     BlockLists, C)),
         ],
         [4, 4, 1, 1],
         [192, 192, 24, 24],
