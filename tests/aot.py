@@ -76,9 +76,7 @@ def recorded(target: Target, row: registry.Implementation):
     def record(launch, *tensors, programs=None):
         args = tuple(launch.arguments(tensors)[: -len(launch.constexprs)])
         grid = launch.grid if programs is None else (programs, 1, 1)
-        launches.append(
-            RecordedLaunch(launch.kernel, grid, args, launch.constexprs, launch.config)
-        )
+        launches.append(RecordedLaunch(launch.kernel, grid, args, launch.constexprs, launch.config))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "__call__", record))
