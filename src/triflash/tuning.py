@@ -348,13 +348,14 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
-    backwards = spec.deterministic and (spec.causal or "window" in spec.features.uses)
+    uses = spec.features.uses
+    backwards = spec.deterministic and (spec.causal or "window" in uses)
     d = _widest(spec)
     if d <= 64 and spec.features.mods:
         # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
         # of p is not p: then p must go before.
         return HopperBackwardConfig(
-            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in spec.features.uses,
+            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
             fold=False, backwards=backwards,
         )  # fmt: skip
     if d <= 64:
@@ -378,8 +379,9 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     return HopperBackwardConfig(
-        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, backwards=backwards, wide=True
-    )
+        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
+        backwards=backwards, wide=True,
+    )  # fmt: skip
 
 
 def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:
