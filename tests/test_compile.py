@@ -160,7 +160,7 @@ FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
 
 @pytest.mark.parametrize("call", FEATURED_CALLS)
 @pytest.mark.parametrize(
-    "feature", ["both", "softcap", "alibi", "documents", "learned bias", "sinks"]
+    "feature", ["both", "softcap", "alibi", "documents", "blocks", "learned bias", "sinks"]
 )
 @pytest.mark.parametrize("target", ONE_OF_A_KIND)
 def test_features_compile(feature, call, target, compile_for):

@@ -74,12 +74,14 @@ class Blocks:
         """Of the tensors called BLOCK_LISTS."""
         of_q, of_k = self.counts
         lead = (self.batch, self.nheads)
-        return (*lead, of_q), (*lead, of_q, of_k), (*lead, of_k), (*lead, of_k, of_q)
+        of_keys, of_queries = (*lead, of_q, of_k), (*lead, of_k, of_q)
+        return of_keys[:3], of_keys, of_queries[:3], of_queries, of_queries
 
 
 # int32: how many blocks of keys a block of queries sees, and which, rising, as block * 2 + full;
-# then how many blocks of queries see a block of keys, and which.
-BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries")
+# then how many blocks of queries see a block of keys, which, and each time how many of those that
+# they see come before it.
+BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries", "q_ranks")
 
 
 @dataclass(frozen=True)
@@ -557,6 +559,10 @@ def make_varlen_spec(
                 f"{name} must be an int, got {type(longest).__name__}; reading a tensor would wait "
                 "for the GPU"
             )
+    if features.blocks is not None:
+        raise ValueError(
+            "block_mask is of padded tensors: packed sequences do not see each other without one"
+        )
     validate = _validate_varlen
     if torch.compiler.is_compiling():
         validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
