@@ -398,6 +398,19 @@ def for_forward(
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
+def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`for_forward`, approximate, of a single built-in modification in its fused form.
+
+    Its entry is `(function, aux, constants)`: `constants(b, h, softmax_scale, aux)`, called once a
+    tile of queries, gives a factor > 0 and a constant, and `function(s, q_idx, kv_idx, seqlen_q,
+    seqlen_k, constant)` the modified score divided by the factor, of q k^T.
+    """
+    [(_, values)], mask = for_forward(features, extras)
+    key = features.score_mods[0].key
+    module = importlib.import_module("triflash.kernels.common.mods")
+    return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
+
+
 def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
     return _lists(features, extras, BLOCK_LISTS[:2])
@@ -420,7 +433,7 @@ def _lists(
     blocks = features.blocks
     if blocks is None:
         return None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     counts, entries, *ranks = (named[name] for name in names)
     *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
     rows_b = blocks.nheads * rows if blocks.batch > 1 else 0
