@@ -20,6 +20,7 @@ FEATURES = {
     "softcap": "capped scores (softcap)",
     "alibi": "ALiBi (alibi_slopes)",
     "score_mod": "score modifications (score_mod)",
+    "bias": "bias tensors (bias)",
     "mask_mod": "mask modifications (mask_mod)",
     "block_mask": "block masks (block_mask)",
     "sinks": "attention sinks (sinks)",
@@ -499,7 +500,9 @@ def _check_extras(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
-        if not tensor.is_contiguous():
+        if name == "bias":
+            _check_bias(spec, tensor)
+        elif not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got strides {tuple(tensor.stride())} of shape "
                 f"{tuple(tensor.shape)}; call .contiguous() first"
@@ -531,6 +534,17 @@ def _check_extras(
                     f"sinks must have shape (nheads,), here ({spec.nheads},), got "
                     f"{tuple(tensor.shape)}"
                 )
+
+
+def _check_bias(spec: AttentionSpec, bias: torch.Tensor) -> None:
+    if bias.dtype not in (torch.float32, spec.dtype):
+        raise TypeError(f"bias must be float32 or of q's dtype {spec.dtype}, got {bias.dtype}")
+    sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
+    if bias.dim() != 4 or any(n not in (1, m) for n, m in zip(bias.shape, sizes, strict=True)):
+        raise ValueError(
+            "bias must have shape (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1), here "
+            f"each 1 or that of {sizes}, got {tuple(bias.shape)}"
+        )
 
 
 def make_varlen_spec(
