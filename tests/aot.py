@@ -125,7 +125,7 @@ def record_call(
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
     features, extras = PLAIN, ()
     if feature is not None:
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, causal=causal)
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, dtype=dtype, causal=causal)
         features, extras = features_for(of, feature)
     options = (softmax_scale, causal, False, allow_tf32, True, features, extras)
     keywords = {}

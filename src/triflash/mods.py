@@ -1,7 +1,7 @@
 """Score and mask modifications: small Triton functions that reach the kernels as they are.
 
-A user's function is as good as a built-in one; those are in kernels/common/mods.py, softcap and
-ALiBi, written as a user would write them. The signatures, all `@triton.jit`:
+A user's function is as good as a built-in one; those are in kernels/common/mods.py, softcap, ALiBi
+and bias, written as a user would write them. The signatures, all `@triton.jit`:
 
     score_mod   (score, b, h, q_idx, kv_idx, aux) -> score
     derivative  (dscore, score, b, h, q_idx, kv_idx, aux) -> dscore
@@ -21,7 +21,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -251,6 +251,7 @@ def features_of(
     aux: tuple[Any, ...] = (),
     block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
 
@@ -292,10 +293,13 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
-    if sinks is not None:
-        if not isinstance(sinks, torch.Tensor):
-            raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
-        tensors["sinks"] = sinks
+    for name, tensor in (("bias", bias), ("sinks", sinks)):
+        if tensor is not None:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            tensors[name] = tensor
+    if bias is not None:  # the last, so that -inf in it is no other one's input
+        scores.append(Mod("bias", ("bias",)))
     mask = None if mask_mod is None else Mod(mask_mod.key, bound)
     blocks = None
     if block_mask is not None:
@@ -361,7 +365,7 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     for mod in features.score_mods:
         names = ", ".join(a for a in mod.aux if a in wanted)
         if mod.key in _BUILT_IN:  # not loaded: Dynamo traces this
-            if names:
+            if names and mod.key != "bias":
                 raise NotImplementedError(f"{names} cannot have a gradient: detach it")
             continue
         if get(mod.key).derivative is None:
@@ -441,8 +445,8 @@ def for_backward(
         if any(a in features.with_grad for a in mod.aux):
             floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
             for name in floating:
-                sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
-            entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
+                sums[name] = named[name].new_zeros(named[name].shape, dtype=torch.float32)
+            entry = (*entry, known.gradient, _values(replace(mod, aux=tuple(floating)), sums))
         scores.append(entry)
 
     def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
@@ -500,7 +504,13 @@ def explained(features: Features) -> Iterator[None]:
 
 
 def _values(mod: Mod, named: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
+    values = tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
+    return (*values, *_strides(named["bias"])) if mod.key == "bias" else values
+
+
+def _strides(tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Each in a tuple, which is empty for dimensions of size 1, which stand for any size."""
+    return tuple((s,) if n > 1 else () for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def check_function(what: str, function: Any, parameters: str) -> None:
@@ -535,8 +545,14 @@ def alibi_reference(score: Tensor, b, h, q_idx, kv_idx, aux) -> Tensor:  # type:
     return score - slope.to(score.dtype) * (q_idx + seqlen_k - seqlen_q - kv_idx).abs()
 
 
+def bias_reference(score: Tensor, b, h, q_idx, kv_idx, aux) -> Tensor:  # type: ignore[no-untyped-def]
+    """kernels/common/mods.py `bias` in PyTorch; in base 2 the least numbers of float32 are -inf."""
+    score = score + aux[0].to(score.dtype)
+    return score.masked_fill(score < -2.3e38, float("-inf"))
+
+
 _mods: dict[str, ScoreMod | MaskMod] = {}
-_BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference}
+_BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference, "bias": bias_reference}
 
 
 @cache
@@ -550,7 +566,7 @@ def _built_in(key: str, approximate: bool) -> ScoreMod:
         getattr(module, f"approximate_{name}" if approximate else name, getattr(module, name))
         for name in (key, f"{key}_derivative")
     )
-    return ScoreMod(key, function, derivative, None, reference)
+    return ScoreMod(key, function, derivative, getattr(module, f"{key}_gradient", None), reference)
 
 
 def _new_key(function: Any) -> str:

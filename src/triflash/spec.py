@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ FEATURES = {
     "softcap": "capped scores (softcap)",
     "alibi": "ALiBi (alibi_slopes)",
     "score_mod": "score modifications (score_mod)",
+    "bias": "bias tensors (bias)",
     "mask_mod": "mask modifications (mask_mod)",
     "block_mask": "block masks (block_mask)",
     "sinks": "attention sinks (sinks)",
@@ -68,6 +69,11 @@ class Blocks:
     def counts(self) -> tuple[int, int]:
         """Blocks of queries, and of keys."""
         return -(-self.seqlen_q // self.size_q), -(-self.seqlen_k // self.size_k)
+
+    @property
+    def text(self) -> str:
+        of_all = (self.batch, self.nheads, self.seqlen_q, self.seqlen_k)  # no astuple: Dynamo
+        return ",".join(map(str, (self.size_q, self.size_k, *of_all)))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -160,7 +166,7 @@ class Features:
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         if self.blocks is not None:
-            parts.append("blocks=" + ",".join(map(str, astuple(self.blocks))))
+            parts.append("blocks=" + self.blocks.text)
         return ";".join(parts)
 
 
@@ -203,10 +209,14 @@ def _number_or_name(text: str) -> str | int | float:
 
 @dataclass(frozen=True)
 class Varlen:
-    """Rows of packed q, and of packed k and v: the sequences one behind the other."""
+    """About how many rows packed q has, and packed k and v: the power of two below, or 0.
 
-    total_q: int
-    total_k: int
+    The totals themselves belong to a call (`Sequences.totals`): who packs what comes has others in
+    every step, and what is prepared for a spec should serve them all.
+    """
+
+    rows_q: int
+    rows_k: int
 
 
 class Sequences(NamedTuple):
@@ -225,6 +235,10 @@ class Sequences(NamedTuple):
     def given(self) -> tuple[bool, ...]:
         """Which are not None, for which kernels are compiled."""
         return tuple(tensor is not None for tensor in self)
+
+    def totals(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int | None, int | None]:
+        """Rows of packed q and k, None if they are not packed."""
+        return (None, None) if self.cu_seqlens_q is None else (q.shape[0], k.shape[0])
 
 
 NOT_PACKED = Sequences()
@@ -269,17 +283,10 @@ class AttentionSpec:
         """Which of FEATURES the call needs."""
         return (*self.features.uses, "varlen") if self.varlen else self.features.uses
 
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
+    def lse_shape(self, q: torch.Tensor) -> tuple[int, ...]:
         """`(batch, nheads, seqlen_q)`, packed `(nheads, total_q)`."""
-        if self.varlen is not None:
-            return self.nheads, self.varlen.total_q
-        return self.batch, self.nheads, self.seqlen_q
-
-    @property
-    def totals(self) -> tuple[int | None, int | None]:
-        """Rows of q and k if they are packed."""
-        return (self.varlen.total_q, self.varlen.total_k) if self.varlen else (None, None)
+        *batch, seqlen_q, nheads, _ = q.shape
+        return (*batch, nheads, seqlen_q)
 
 
 def make_spec(
@@ -494,7 +501,9 @@ def _check_extras(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
-        if not tensor.is_contiguous():
+        if name == "bias":
+            _check_bias(spec, tensor)
+        elif not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got strides {tuple(tensor.stride())} of shape "
                 f"{tuple(tensor.shape)}; call .contiguous() first"
@@ -526,6 +535,17 @@ def _check_extras(
                     f"sinks must have shape (nheads,), here ({spec.nheads},), got "
                     f"{tuple(tensor.shape)}"
                 )
+
+
+def _check_bias(spec: AttentionSpec, bias: torch.Tensor) -> None:
+    if bias.dtype not in (torch.float32, spec.dtype):
+        raise TypeError(f"bias must be float32 or of q's dtype {spec.dtype}, got {bias.dtype}")
+    sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
+    if bias.dim() != 4 or any(n not in (1, m) for n, m in zip(bias.shape, sizes, strict=True)):
+        raise ValueError(
+            "bias must have shape (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1), here "
+            f"each 1 or that of {sizes}, got {tuple(bias.shape)}"
+        )
 
 
 def make_varlen_spec(
@@ -563,14 +583,23 @@ def make_varlen_spec(
         raise ValueError(
             "block_mask is of padded tensors: packed sequences do not see each other without one"
         )
-    validate = _validate_varlen
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (total, nheads, headdim), got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    total_q, total_k = q.shape[0], k.shape[0]
+    if v.shape[0] != total_k:
+        raise ValueError(f"v must have k's {total_k} rows, got {v.shape[0]}")
+    validate, about = _validate_varlen, Varlen(_power_below(total_q), _power_below(total_k))
     if torch.compiler.is_compiling():
         validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
     spec = validate(
-        _metadata(q), _metadata(k), _metadata(v),
+        *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
         *(None if t is None else _metadata(t) for t in sequences),
-        max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, allow_tf32,
-        aligned_bases, features,
+        min(max_seqlen_q, total_q), min(max_seqlen_k, total_k), about, softmax_scale, causal,
+        deterministic, allow_tf32, aligned_bases, features,
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
@@ -584,6 +613,11 @@ def _metadata(tensor: torch.Tensor) -> _Metadata:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
+def _power_below(total: int) -> int:
+    # While compiling it may be a symbol; the operator will see a number.
+    return 0 if torch.compiler.is_compiling() else 1 << total.bit_length() >> 1
+
+
 @lru_cache(maxsize=4096, typed=True)
 def _validate_varlen(
     q: _Metadata,
@@ -595,16 +629,11 @@ def _validate_varlen(
     seqused_k: _Metadata | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    about: Varlen,
     *options: Any,
 ) -> AttentionSpec:
-    for name, (shape, *_) in (("q", q), ("k", k), ("v", v)):
-        if len(shape) != 3:
-            raise ValueError(
-                f"{name} must have 3 dimensions (total, nheads, headdim), got shape {tuple(shape)}"
-            )
-    total_q, total_k = q[0][0], k[0][0]
-    if v[0][0] != total_k:
-        raise ValueError(f"v must have k's {total_k} rows, got {v[0][0]}")
+    """Without totals, so that it remembers: shapes of q, k, v are `(nheads, headdim)`, and no
+    max_seqlen exceeds its total."""
     for name, indices in (
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
@@ -630,13 +659,13 @@ def _validate_varlen(
     # Sequences as entries of a batch, each of which begins where it will.
     limits = ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
     spec = _validate.__wrapped__(
-        *((batch, min(longest, shape[0]), *shape[1:]) for (shape, *_), longest in limits),
+        *((batch, longest, *shape) for (shape, *_), longest in limits),
         *(dtype for _, dtype, _, _ in (q, k, v)),
         *(device for _, _, device, _ in (q, k, v)),
         *((stride[0], *stride) for _, _, _, stride in (q, k, v)),
         *options,
     )
-    return replace(spec, varlen=Varlen(total_q, total_k))
+    return replace(spec, varlen=about)
 
 
 def _check_indices(

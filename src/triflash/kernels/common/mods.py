@@ -152,3 +152,41 @@ def alibi(score, b, h, q_idx, kv_idx, aux):
 def alibi_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
     """The bias is added."""
     return dscore
+
+
+@triton.jit
+def bias(score, b, h, q_idx, kv_idx, aux):
+    """A tensor added; aux: it, and four strides, each (stride,), or () where it has one entry."""
+    return score + tl.load(aux[0] + element(b, h, q_idx, kv_idx, aux)).to(tl.float32)
+
+
+@triton.jit
+def bias_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
+    """The bias is added."""
+    return dscore
+
+
+@triton.jit
+def bias_gradient(dscore, score, b, h, q_idx, kv_idx, aux, grads):
+    """Tiles [queries, keys] are summed along what they share before they meet in memory."""
+    tl.static_assert(kv_idx.shape[0] == 1)
+    if len(grads[3]) == 0:
+        dscore = tl.sum(dscore, 0, keep_dims=True)
+    if len(grads[4]) == 0:
+        dscore = tl.sum(dscore, 1, keep_dims=True)
+    tl.atomic_add(grads[0] + element(b, h, q_idx, kv_idx, grads), dscore, sem="relaxed")
+
+
+@triton.jit
+def element(b, h, q_idx, kv_idx, strided):
+    """Offsets in a tensor (batch, nheads, seqlen_q, seqlen_k), which its strides follow."""
+    offset = tl.zeros([1, 1], tl.int64)
+    if len(strided[1]) > 0:
+        offset = offset + b.to(tl.int64) * strided[1][0]
+    if len(strided[2]) > 0:
+        offset = offset + h.to(tl.int64) * strided[2][0]
+    if len(strided[3]) > 0:
+        offset = offset + q_idx.to(tl.int64) * strided[3][0]
+    if len(strided[4]) > 0:
+        offset = offset + kv_idx.to(tl.int64) * strided[4][0]
+    return offset
