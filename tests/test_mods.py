@@ -93,7 +93,7 @@ FEATURED = {
     "sinks, causal": {"sinks": torch.float16, "causal": True},
     "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
     "sinks, learned bias": {"sinks": FLOAT, "score_mod": RELATIVE, "make_aux": table},
-    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 128)},
+    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
     "blocks, causal": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 64), "block_heads": True,
         "causal": True,

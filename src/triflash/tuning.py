@@ -658,10 +658,11 @@ def _vectorises(spec: AttentionSpec) -> bool:
 
 def _loads_modifications(spec: AttentionSpec) -> bool:
     """Whether functions of users load from tensors; what they load for a tile, Triton may keep in
-    shared memory, once for each stage."""
+    shared memory, once for each stage. A block mask loads in few blocks, outside of the stages."""
+    features = spec.features
     return any(
         any(isinstance(a, str) for a in mod.aux) and mod.key != "alibi"
-        for mod in spec.features.mods
+        for mod in (features.mods if features.blocks is None else features.score_mods)
     )
 
 
