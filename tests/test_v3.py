@@ -540,6 +540,26 @@ def test_auto_takes_it_where_it_was_measured_to_pay():
         assert auto(other, seqlen_q=4096, seqlen_k=4096) == "v2"
 
 
+@pytest.mark.parametrize(
+    ("lengths", "headdim", "chosen"),
+    [
+        ((1024,) * 16, 128, "v3"),
+        ((4096, 100), 128, "v3"),
+        ((300,) * 64, 128, "v3"),
+        ((300,) * 64, 64, "v2"),
+        ((600,) * 32, 64, "v3"),
+        ((128,) * 128, 128, "v2"),
+        ((1024,), 128, "v2"),
+    ],
+)
+def test_auto_takes_it_for_packed_sequences_long_enough_on_average(lengths, headdim, chosen):
+    q = torch.empty(sum(lengths), 2048 // headdim, headdim, dtype=BF16, device="meta")
+    cu_seqlens = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    where = Sequences(cu_seqlens, cu_seqlens)
+    spec = make_varlen_spec(q, q, q, where, *(max(lengths),) * 2, None, False, False, False)
+    assert registry.resolve("auto", spec, HOPPER).name == chosen
+
+
 def test_which_reports_of_racecheck_are_explained():
     def line(text: str, file: str = "forward.py") -> int:
         source = Path(registry.__file__).parent / "kernels" / "v3" / file
