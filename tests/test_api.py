@@ -207,18 +207,23 @@ def test_dropout_must_be_a_probability(value, error, words, qkv):
         flash_attn_func(*qkv, dropout_p=value)
 
 
-def test_head_dimension_too_large_for_the_kernels(device):
-    q = torch.zeros(1, 2, 1, 257, device=device, dtype=DTYPE)
-    for tensors in ((q, q, q), (q[..., :8], q[..., :8], q)):
-        with pytest.raises(NotImplementedError, match=r"256.*257"):
-            attention(*tensors, implementation="v2")
+@pytest.mark.parametrize(
+    ("row", "most", "headdim"), [("v1", 256, 257), ("v2", 512, 513), ("v2", 512, 576)]
+)
+def test_head_dimension_too_large_for_the_kernels(row, most, headdim, device):
+    q = torch.zeros(1, 2, 1, headdim, device=device, dtype=DTYPE)
+    narrow = q[..., :8]
+    for tensors in ((q, q, q), (narrow, narrow, q), (q, q, narrow)):
+        message = f"{row} takes head dimensions up to {most}, not {headdim}"
+        with pytest.raises(NotImplementedError, match=message):
+            attention(*tensors, implementation=row)
         attention(*tensors, implementation="reference")
 
 
 def test_auto_on_a_gpu_never_means_the_quadratic_reference():
     gpu = Target("cuda", "sm_90", 132)
-    case = Case(headdim=300)
-    with pytest.raises(NotImplementedError, match="300"):
+    case = Case(headdim=520)
+    with pytest.raises(NotImplementedError, match="v2 takes head dimensions up to 512, not 520"):
         registry.resolve("auto", case.spec(), gpu)
     assert registry.resolve("reference", case.spec(), gpu).name == "reference"
     assert registry.resolve("auto", Case().spec(), gpu).needs_kernels
@@ -321,7 +326,7 @@ def test_without_gpu_or_interpreter_the_reference_runs():
 
 
 def test_testing_knows_why_not(device):
-    reason = testing.unsupported(Case(headdim=300), "v2", device)
+    reason = testing.unsupported(Case(headdim=520), "v2", device)
     assert reason is not None
-    assert "300" in reason
-    assert testing.unsupported(Case(headdim=300), "reference", device) is None
+    assert "520" in reason
+    assert testing.unsupported(Case(headdim=520), "reference", device) is None

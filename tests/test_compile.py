@@ -44,6 +44,23 @@ CALLS = {
     "fp32-64-causal": {"dtype": FP32, "headdim": 64, "causal": True},
     "fp32-128-tf32": {"dtype": FP32, "headdim": 128, "allow_tf32": True},
     "fp32-256": {"dtype": FP32, "headdim": 256},
+    "bf16-512-causal": {"dtype": BF16, "headdim": 512, "causal": True},
+    "bf16-512/64-causal-long": {
+        "dtype": BF16,
+        "headdim": 512,
+        "headdim_v": 64,
+        "causal": True,
+        "seqlen": 16384,
+    },
+    "fp16-320-packed-used": {
+        "dtype": FP16,
+        "headdim": 320,
+        "packed": True,
+        "seqused": True,
+        "seqlen": 16384,
+    },
+    "fp32-512": {"dtype": FP32, "headdim": 512},
+    "fp32-512-causal-tf32": {"dtype": FP32, "headdim": 512, "causal": True, "allow_tf32": True},
     "bf16-64-packed": {"dtype": BF16, "headdim": 64, "packed": True, "seqlen": 16384},
     "bf16-128-causal-packed-used": {
         "dtype": BF16,
@@ -78,6 +95,10 @@ SPILLS = {
     ("v1_paper", "paper_forward_kernel", TileConfig(64, 128, 8, 1)): 160,
     ("v2_atomic", "backward_kernel", TileConfig(128, 64, 4, 2)): 32,
     ("v2_atomic", "backward_kernel", TileConfig(64, 128, 8, 2)): 104,
+    ("v2", "dkdv_kernel", TileConfig(64, 32, 8, 1)): 16,
+    # Float32 without tensor cores at head dimension 512, whatever the tile.
+    ("v2", "dkdv_kernel", TileConfig(16, 16, 8, 1)): 2400,
+    ("v2", "dq_kernel", TileConfig(16, 16, 8, 1)): 2400,
 }
 
 
@@ -151,6 +172,7 @@ def test_compiles(implementation, call, target, compile_for):
 FEATURED_CALLS = {
     "bf16-128-causal-long": {"dtype": BF16, "headdim": 128, "causal": True, "seqlen": 16384},
     "bf16-128-long": {"dtype": BF16, "headdim": 128, "seqlen": 16384},
+    "bf16-512-causal": {"dtype": BF16, "headdim": 512, "causal": True},
     "bf16-64-causal-long": {"dtype": BF16, "headdim": 64, "causal": True, "seqlen": 16384},
     "fp32-64": {"dtype": FP32, "headdim": 64},
 }

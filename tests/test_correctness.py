@@ -21,7 +21,7 @@ AWKWARD = [(1, 1), (113, 203), (203, 113), (128, 217), (799, 3), (3, 799), (64, 
 if GPU:
     AWKWARD += [(1, 4097), (1023, 1024), (1024, 1023), (2048, 2048), (4095, 777), (777, 4095)]
 
-HEADDIMS = [1, 2, 8, 16, 33, 40, 64, 80, 96, 128, 160, 192, 256]
+HEADDIMS = [1, 2, 8, 16, 33, 40, 64, 80, 96, 128, 160, 192, 256, 320, 512]
 
 
 @every_row
@@ -85,7 +85,8 @@ def test_every_tuned_configuration(implementation, dtype, causal, headdim, devic
 @every_row
 @both_causal
 @pytest.mark.parametrize(
-    ("headdim", "headdim_v"), [(192, 128), (128, 192), (64, 1), (1, 64), (24, 40), (256, 16)]
+    ("headdim", "headdim_v"),
+    [(192, 128), (128, 192), (64, 1), (1, 64), (24, 40), (256, 16), (512, 64)],
 )
 def test_headdim_of_v_may_differ(implementation, causal, headdim, headdim_v, device):
     n = 300 if GPU else 37

@@ -207,7 +207,19 @@ BAD = {
         lambda: flash_attn_varlen_qkvpacked_func(
             torch.randn(8, 3, 2, 16), torch.tensor([0, 7], dtype=torch.int32), 8
         ),
-        "cu_seqlens_q must end with the 8 rows of q, got 7",
+        "cu_seqlens must end with the 8 rows of q, got 7",
+    ),
+    "cu_seqlens' rank": (
+        lambda: flash_attn_varlen_qkvpacked_func(
+            torch.randn(8, 3, 2, 16), torch.tensor([[0, 8]], dtype=torch.int32), 8
+        ),
+        r"^cu_seqlens must have 1 dimension, got shape \(1, 2\)",
+    ),
+    "max_seqlen": (
+        lambda: flash_attn_varlen_qkvpacked_func(
+            torch.randn(8, 3, 2, 16), torch.tensor([0, 8], dtype=torch.int32), 7
+        ),
+        "^max_seqlen must be at least the longest sequence of cu_seqlens, 8 rows, got 7",
     ),
 }
 

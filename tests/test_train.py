@@ -182,7 +182,7 @@ def test_flags_that_do_not_parse(flag, message, capsys):
         ("--device=cuda:99", "--device cuda:99: PyTorch sees"),
         ("--implementation=v9", "--implementation: implementation must be"),
         ("--implementation=torch", "--implementation: implementation must be"),
-        ("--head-dim=300", "v2 takes head dimensions up to 256, not 300."),
+        ("--head-dim=520", "v2 takes head dimensions up to 512, not 520."),
         ("--data={tmp}/missing", "--data: there is no file or folder"),
         ("--data={tmp}/empty", "--data: there is no text in"),
         ("--data={tmp}/folder", "--data: there is no text in"),

@@ -11,11 +11,18 @@ from typing import ClassVar
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import GPU, KERNEL_DTYPES, LOW_PRECISION, assert_bitwise_equal, every_dtype
+from helpers import (
+    GPU,
+    KERNEL_DTYPES,
+    LOW_PRECISION,
+    assert_bitwise_equal,
+    every_dtype,
+    forget_prepared_launches,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from triflash import attention, flash_attn_varlen_func, ops, registry, testing
+from triflash import attention, flash_attn_varlen_func, ops, registry, sequences, spec, testing
 from triflash.kernels.common.launch import Launch
 from triflash.testing import Case, Inputs
 
@@ -543,6 +550,75 @@ def test_wrong_values_on_a_gpu(values):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.gpu
+def test_wrong_values_in_a_graph():
+    """A graph looks at the values of each replay, though the tensor passed before."""
+    code = (
+        "import torch, triflash\n"
+        "q = torch.randn(8, 2, 16, device='cuda', dtype=torch.float16)\n"
+        "cu = torch.tensor((0, 5, 8), device='cuda', dtype=torch.int32)\n"
+        "def call(): return triflash.flash_attn_varlen_func(q, q, q, cu, cu, 8, 8)\n"
+        "call(); call(); torch.cuda.synchronize()\n"
+        "graph = torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph): call()\n"
+        "graph.replay(); torch.cuda.synchronize()\n"
+        "cu.copy_(torch.tensor((0, 9, 8), dtype=torch.int32))\n"
+        "try:\n"
+        "    graph.replay()\n"
+        "    torch.cuda.synchronize()\n"
+        "except RuntimeError as error: assert 'assert' in str(error), error\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_what_is_captured_is_checked_in_every_call(monkeypatch, device):
+    checked = []
+    plain = sequences._check_cu_seqlens
+    monkeypatch.setattr(
+        sequences,
+        "_check_cu_seqlens",
+        lambda side, *rest: (checked.append(side), plain(side, *rest)),
+    )
+    q = torch.randn(8, 2, 16, device=device, dtype=LOW_PRECISION)
+    cu_seqlens_q, cu_seqlens_k = (int32((0, 5, 8), device) for _ in range(2))
+
+    def call() -> list[str]:
+        checked.clear()
+        flash_attn_varlen_func(
+            q, q, q, cu_seqlens_q, cu_seqlens_k, 8, 8, implementation="reference"
+        )
+        return list(checked)
+
+    assert call() == ["q", "k"]
+    assert call() == []
+    monkeypatch.setattr(sequences, "_capturing", lambda tensor: True)
+    assert call() == call() == ["q", "k"]
+    cu_seqlens_q.add_(0)
+    assert call() == ["q", "k"]
+    monkeypatch.setattr(sequences, "_capturing", lambda tensor: False)
+    assert call() == ["q"]  # which was captured and did not run
+
+
+def test_new_totals_prepare_nothing(device):
+    """Steps of who packs what comes differ in their totals: launches and specs are made once."""
+    from triflash.kernels.v2 import backward, forward
+
+    caches = (forward._prepare, backward._prepare, spec._validate_varlen, registry.resolve)
+
+    def misses(lengths_q, lengths_k) -> list[int]:
+        before = [cache.cache_info().misses for cache in caches]
+        call = Packed(lengths_q, lengths_k, dtype=LOW_PRECISION, causal=True)
+        run(call, inputs_of(call, device), "v2")
+        return [cache.cache_info().misses - n for cache, n in zip(caches, before, strict=True)]
+
+    forget_prepared_launches()
+    assert misses((64, 26), (39, 64))[:2] == [1, 1]
+    assert misses((36, 64), (64, 50)) == [0, 0, 0, 0]
+    assert misses((64, 64), (64, 50))[:2] == [1, 1]  # twice as many rows may want other tiles
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,11 +54,12 @@ class ScoreMod:
 
 @dataclass(frozen=True, eq=False)
 class MaskMod:
-    """A mask modification, as `mask_mod` makes it."""
+    """A mask modification, as `mask_mod` makes it; `parts` are those that it joins, if any."""
 
     key: str
     function: Any
     reference: Callable[..., Tensor] | None
+    parts: tuple[MaskMod, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +75,7 @@ class BlockMask:
             2 * block, and 1 more if each of its queries sees each of its keys; behind them
             the empty ones.
         q_counts, q_entries: the same of the queries for each block of keys.
+        q_ranks: for each of q_entries how many blocks of keys its queries see before this one.
         versions: of the tensors of aux when the mask was made.
     """
 
@@ -85,6 +88,7 @@ class BlockMask:
     kv_entries: Tensor
     q_counts: Tensor
     q_entries: Tensor
+    q_ranks: Tensor
     versions: tuple[int, ...]
 
     @property
@@ -164,6 +168,64 @@ def mask_mod(function: Any, *, reference: Callable[..., Tensor] | None = None) -
     check_function("mask_mod", function, "b, h, q_idx, kv_idx, aux")
     mod = MaskMod(_new_key(function), function, reference)
     _mods[mod.key] = mod
+    return mod
+
+
+def and_masks(*mask_mods: MaskMod) -> MaskMod:
+    """A mask modification that shows a key if all of these do, each of which gets the call's aux.
+
+    The same for the same modifications, so it may be called anywhere.
+
+    Raises:
+        TypeError: one is not from `mask_mod`.
+        ValueError: there is none, or two functions have one name.
+    """
+    return _joined("and", mask_mods)
+
+
+def or_masks(*mask_mods: MaskMod) -> MaskMod:
+    """The same of what shows a key if any of these does."""
+    return _joined("or", mask_mods)
+
+
+def _joined(how: str, mask_mods: tuple[MaskMod, ...]) -> MaskMod:
+    if not mask_mods:
+        raise ValueError(f"{how}_masks needs at least one mask modification, got none")
+    for i, mod in enumerate(mask_mods):
+        if not isinstance(mod, MaskMod):
+            raise TypeError(
+                f"argument {i} of {how}_masks must come from triflash.mods.mask_mod(function), got "
+                f"{_shown(mod)}"
+            )
+    first, *others = mask_mods
+    for other in others:
+        first = _joined_pair(how, first, other)
+    return first
+
+
+@cache
+def _joined_pair(how: str, first: MaskMod, second: MaskMod) -> MaskMod:
+    operation = {"and": operator.and_, "or": operator.or_}[how]
+    of_first, of_second = first.reference, second.reference
+    reference = None
+    if of_first is not None and of_second is not None:
+
+        def reference(*arguments: Any) -> Tensor:
+            return operation(of_first(*arguments), of_second(*arguments))
+
+    parts = tuple(dict.fromkeys((*(first.parts or (first,)), *(second.parts or (second,)))))
+    names = [f"{part.function.fn.__module__}.{name_of(part.function)}" for part in parts]
+    for name in names:
+        if names.count(name) > 1:  # Triton would take one for the other
+            raise ValueError(
+                f"{how}_masks cannot join two functions that are both called {name}: give them "
+                "names of their own"
+            )
+    # Lazily, because modifications exist without triton, though a function of it does not.
+    join = getattr(importlib.import_module("triflash.kernels.common.mods"), f"{how}_functions")
+    key = f"({first.key} {how} {second.key})"
+    mod = MaskMod(key, join(first.function, second.function, key), reference, parts)
+    _mods[key] = mod
     return mod
 
 
@@ -362,16 +424,16 @@ def block_sizes(features: Features) -> tuple[int | None, int | None]:
 
 
 def _lists(
-    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+    features: Features, extras: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[Any, ...] | None:
-    if features.blocks is None:
+    blocks = features.blocks
+    if blocks is None:
         return None
     named = dict(zip(features.names, extras, strict=True))
-    counts, entries = (named[name] for name in names)
-    batch, nheads, rows, length = entries.shape
-    return (
-        counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
-    )  # fmt: skip
+    counts, entries, *ranks = (named[name] for name in names)
+    *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
+    rows_b = blocks.nheads * rows if blocks.batch > 1 else 0
+    return counts, entries, rows_b, rows if blocks.nheads > 1 else 0, length, *ranks
 
 
 def for_backward(

@@ -82,9 +82,9 @@ def run_forward(
     sequences: Sequences = NOT_PACKED,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The body of both forward operators, which may be called without them if `is_eager`."""
-    if spec.varlen is not None:
-        check_sequences(spec, sequences)
     with _on_device_of(q):
+        if spec.varlen is not None:
+            check_sequences(spec, sequences, sequences.totals(q, k))
         return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
 
 

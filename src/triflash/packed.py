@@ -5,6 +5,7 @@ Their gradients come packed as they did, written in place: nothing is stacked.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -185,7 +186,14 @@ def flash_attn_varlen_qkvpacked_func(
     sequences = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
     features = _features(qkv, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
-    return _results((qkv,), sequences, options, *features, return_attn_probs)
+    call = ((qkv,), sequences, options, *features, return_attn_probs)
+    if torch.compiler.is_compiling():
+        return _results(*call)
+    try:
+        return _results(*call)
+    except (TypeError, ValueError) as error:  # by the names that the caller knows
+        message = re.sub(r"\b(cu_seqlens|max_seqlen)_[qk]\b", r"\1", str(error))
+        raise type(error)(message).with_traceback(error.__traceback__) from None
 
 
 def flash_attn_varlen_kvpacked_func(

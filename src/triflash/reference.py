@@ -193,7 +193,7 @@ def _packed_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     out = q.new_zeros(*q.shape[:-1], spec.headdim_v)
     wide = torch.promote_types(spec.dtype, torch.float32)
-    lse = q.new_full(spec.lse_shape, float("-inf"), dtype=wide)
+    lse = q.new_full(spec.lse_shape(q), float("-inf"), dtype=wide)
     for b, (one, queries, keys) in enumerate(_one_by_one(spec, sequences)):
         parts = q[None, queries], k[None, keys], v[None, keys]
         out_b, lse_b, _ = forward(*parts, one, extras, first=b)

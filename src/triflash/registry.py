@@ -164,6 +164,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
         features=frozenset(FEATURES),
+        max_headdim=512,
         writes_gradients=True,
     ),
     Implementation(

@@ -17,19 +17,23 @@ Tensor = torch.Tensor
 _checked: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
 
 
-def check_sequences(spec: AttentionSpec, sequences: Sequences) -> None:
+def check_sequences(
+    spec: AttentionSpec, sequences: Sequences, totals: tuple[int | None, int | None]
+) -> None:
     """Check the values of the tensors of a packed call, once for each tensor and version of it.
 
     On a CPU a wrong value is a ValueError. On a GPU nothing may wait for values, so the check is
     queued like a kernel, and a wrong value is a device-side assertion, as with an index of
     PyTorch's own that is out of range: the next call that waits for the GPU raises RuntimeError.
+    A CUDA graph that is being captured gets the check in any case, for the values of its replays.
 
     Raises:
         ValueError: cu_seqlens does not begin with 0, decreases, does not end with the total, or has
             a sequence longer than max_seqlen; or seqused is not in [0, length].
     """
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = sequences
-    total_q, total_k = spec.totals
+    total_q, total_k = totals
+    capturing = _capturing(cu_seqlens_q)
     for side, cu_seqlens, seqused, total, longest in (
         ("q", cu_seqlens_q, seqused_q, total_q, spec.seqlen_q),
         ("k", cu_seqlens_k, seqused_k, total_k, spec.seqlen_k),
@@ -37,14 +41,21 @@ def check_sequences(spec: AttentionSpec, sequences: Sequences) -> None:
         assert cu_seqlens is not None  # for the type checker: the spec is of a packed call
         assert total is not None
         bounds = (_version(cu_seqlens), total, longest)
-        if not _passed(cu_seqlens, bounds):
+        if capturing or not _passed(cu_seqlens, bounds):
             _check_cu_seqlens(side, cu_seqlens, total, longest)
-            _remember(cu_seqlens, bounds)
+            if not capturing:  # what is captured has not run
+                _remember(cu_seqlens, bounds)
         if seqused is not None:
             used = (_version(seqused), cu_seqlens.data_ptr(), bounds)
-            if not _passed(seqused, used):
+            if capturing or not _passed(seqused, used):
                 _check_seqused(side, seqused, cu_seqlens)
-                _remember(seqused, used)
+                if not capturing:
+                    _remember(seqused, used)
+
+
+def _capturing(tensor: Tensor | None) -> bool:
+    """Whether what is queued for the tensor's device goes into a CUDA graph."""
+    return tensor is not None and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _version(tensor: Tensor) -> int:

@@ -76,12 +76,14 @@ class Blocks:
         """Of the tensors called BLOCK_LISTS."""
         of_q, of_k = self.counts
         lead = (self.batch, self.nheads)
-        return (*lead, of_q), (*lead, of_q, of_k), (*lead, of_k), (*lead, of_k, of_q)
+        of_keys, of_queries = (*lead, of_q, of_k), (*lead, of_k, of_q)
+        return of_keys[:3], of_keys, of_queries[:3], of_queries, of_queries
 
 
 # int32: how many blocks of keys a block of queries sees, and which, rising, as block * 2 + full;
-# then how many blocks of queries see a block of keys, and which.
-BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries")
+# then how many blocks of queries see a block of keys, which, and each time how many of those that
+# they see come before it.
+BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries", "q_ranks")
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,14 @@ def _number_or_name(text: str) -> str | int | float:
 
 @dataclass(frozen=True)
 class Varlen:
-    """Rows of packed q, and of packed k and v: the sequences one behind the other."""
+    """About how many rows packed q has, and packed k and v: the power of two below, or 0.
 
-    total_q: int
-    total_k: int
+    The totals themselves belong to a call (`Sequences.totals`): who packs what comes has others in
+    every step, and what is prepared for a spec should serve them all.
+    """
+
+    rows_q: int
+    rows_k: int
 
 
 class Sequences(NamedTuple):
@@ -233,6 +239,10 @@ class Sequences(NamedTuple):
     def given(self) -> tuple[bool, ...]:
         """Which are not None, for which kernels are compiled."""
         return tuple(tensor is not None for tensor in self)
+
+    def totals(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int | None, int | None]:
+        """Rows of packed q and k, None if they are not packed."""
+        return (None, None) if self.cu_seqlens_q is None else (q.shape[0], k.shape[0])
 
 
 NOT_PACKED = Sequences()
@@ -277,17 +287,10 @@ class AttentionSpec:
         """Which of FEATURES the call needs."""
         return (*self.features.uses, "varlen") if self.varlen else self.features.uses
 
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
+    def lse_shape(self, q: torch.Tensor) -> tuple[int, ...]:
         """`(batch, nheads, seqlen_q)`, packed `(nheads, total_q)`."""
-        if self.varlen is not None:
-            return self.nheads, self.varlen.total_q
-        return self.batch, self.nheads, self.seqlen_q
-
-    @property
-    def totals(self) -> tuple[int | None, int | None]:
-        """Rows of q and k if they are packed."""
-        return (self.varlen.total_q, self.varlen.total_k) if self.varlen else (None, None)
+        *batch, seqlen_q, nheads, _ = q.shape
+        return (*batch, nheads, seqlen_q)
 
 
 def make_spec(
@@ -585,14 +588,27 @@ def make_varlen_spec(
                 f"{name} must be an int, got {type(longest).__name__}; reading a tensor would wait "
                 "for the GPU"
             )
-    validate = _validate_varlen
+    if features.blocks is not None:
+        raise ValueError(
+            "block_mask is of padded tensors: packed sequences do not see each other without one"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (total, nheads, headdim), got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    total_q, total_k = q.shape[0], k.shape[0]
+    if v.shape[0] != total_k:
+        raise ValueError(f"v must have k's {total_k} rows, got {v.shape[0]}")
+    validate, about = _validate_varlen, Varlen(_power_below(total_q), _power_below(total_k))
     if torch.compiler.is_compiling():
         validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
     spec = validate(
-        _metadata(q), _metadata(k), _metadata(v),
+        *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
         *(None if t is None else _metadata(t) for t in sequences),
-        max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, allow_tf32,
-        aligned_bases, features,
+        min(max_seqlen_q, total_q), min(max_seqlen_k, total_k), about, softmax_scale, causal,
+        deterministic, allow_tf32, aligned_bases, features,
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
@@ -606,6 +622,11 @@ def _metadata(tensor: torch.Tensor) -> _Metadata:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
+def _power_below(total: int) -> int:
+    # While compiling it may be a symbol; the operator will see a number.
+    return 0 if torch.compiler.is_compiling() else 1 << total.bit_length() >> 1
+
+
 @lru_cache(maxsize=4096, typed=True)
 def _validate_varlen(
     q: _Metadata,
@@ -617,16 +638,11 @@ def _validate_varlen(
     seqused_k: _Metadata | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    about: Varlen,
     *options: Any,
 ) -> AttentionSpec:
-    for name, (shape, *_) in (("q", q), ("k", k), ("v", v)):
-        if len(shape) != 3:
-            raise ValueError(
-                f"{name} must have 3 dimensions (total, nheads, headdim), got shape {tuple(shape)}"
-            )
-    total_q, total_k = q[0][0], k[0][0]
-    if v[0][0] != total_k:
-        raise ValueError(f"v must have k's {total_k} rows, got {v[0][0]}")
+    """Without totals, so that it remembers: shapes of q, k, v are `(nheads, headdim)`, and no
+    max_seqlen exceeds its total."""
     for name, indices in (
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
@@ -652,13 +668,13 @@ def _validate_varlen(
     # Sequences as entries of a batch, each of which begins where it will.
     limits = ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
     spec = _validate.__wrapped__(
-        *((batch, min(longest, shape[0]), *shape[1:]) for (shape, *_), longest in limits),
+        *((batch, longest, *shape) for (shape, *_), longest in limits),
         *(dtype for _, dtype, _, _ in (q, k, v)),
         *(device for _, _, device, _ in (q, k, v)),
         *((stride[0], *stride) for _, _, _, stride in (q, k, v)),
         *options,
     )
-    return replace(spec, varlen=Varlen(total_q, total_k))
+    return replace(spec, varlen=about)
 
 
 def _check_indices(

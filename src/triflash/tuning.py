@@ -104,7 +104,10 @@ def block_d(headdim: int) -> int:
 
 def dot_precision(spec: AttentionSpec, target: Target) -> str:
     """tl.dot's input_precision; it only matters for float32, where tf32 keeps 10 mantissa bits."""
-    return "tf32" if spec.allow_tf32 and target.kind == "cuda" else "ieee"
+    allowed = spec.allow_tf32 and target.kind == "cuda"
+    # Its tensor cores want 16 queries and keys at least: 128 KiB at head dimension 512.
+    fits = _widest(spec) <= 256 or _shared_kib(target) >= 163
+    return "tf32" if allowed and fits else "ieee"
 
 
 def tma_pays(spec: AttentionSpec, target: Target) -> bool:
@@ -143,6 +146,8 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if d > 256:
+        return _above_256(_FORWARD_512, _FORWARD_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads(spec, target)
     if spec.dtype == torch.float32:
@@ -186,6 +191,8 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if d > 256:
+        return _above_256(_DKDV_512, _DKDV_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
@@ -221,6 +228,8 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
     d = _widest(spec)
     if target.interpreter:
         return _INTERPRETER
+    if d > 256:
+        return _above_256(_DQ_512, _DQ_512_FLOAT32, spec, target, use_tma)
     if _loads_modifications(spec):
         return _with_loads_backward(spec, target)
     if spec.dtype == torch.float32:
@@ -474,7 +483,7 @@ def _flops(spec: AttentionSpec) -> float:
     """Of the forward; of packed sequences as if all had the same length."""
     scores = spec.batch * spec.seqlen_q * spec.seqlen_k
     if spec.varlen is not None:
-        scores = spec.varlen.total_q * spec.varlen.total_k // max(1, spec.batch)
+        scores = spec.varlen.rows_q * spec.varlen.rows_k // max(1, spec.batch)
     flops = 4 * spec.nheads * scores * spec.headdim
     return flops * (0.5 if spec.causal else 1.0)
 
@@ -483,6 +492,44 @@ def _widest(spec: AttentionSpec) -> int:
     return max(block_d(spec.headdim), block_d(spec.headdim_v))
 
 
+# Head dimensions above 256, by KiB of shared memory: tiles that fit and do not spill when causal.
+# q, k, v and dout take 1 KiB a row and stage; acc of 64 queries, or dk and dv of 32 keys, half of
+# all registers. "Measured" is at head dimension 512, 4096 long, full and causal.
+_FORWARD_512: dict[str | int, TileConfig] = {
+    # Measured: 240 and 241 against 202 and 236 with 32 keys a step and 2 stages.
+    "TMA": TileConfig(64, 64, 8, 1),
+    227: TileConfig(64, 32, 8, 2),
+    163: TileConfig(64, 32, 8, 2),
+    99: TileConfig(32, 32, 8, 1),
+    64: TileConfig(32, 16, 4, 1),
+}
+_DKDV_512: dict[str | int, TileConfig] = {
+    # Measured, of the whole backward: 94 and 98 against 83 and 85 with 32 queries and 2 stages,
+    # 59 and 60 with 16. With 32 keys no product is a wgmma, but dk and dv of 64 have no room.
+    "TMA": TileConfig(64, 32, 8, 1),
+    227: TileConfig(32, 32, 8, 2),
+    163: TileConfig(32, 16, 8, 1),
+    99: TileConfig(16, 16, 8, 1),
+    64: TileConfig(16, 16, 4, 1),
+}
+_DQ_512: dict[str | int, TileConfig] = {
+    # Measured, of the whole backward: 67 and 68 against 59 and 60 with 32 queries and 2 stages.
+    "TMA": TileConfig(64, 32, 8, 1),
+    227: TileConfig(32, 32, 8, 2),
+    163: TileConfig(32, 32, 8, 1),
+    99: TileConfig(32, 16, 8, 1),
+    64: TileConfig(16, 16, 4, 1),
+}
+# In float32 the backward spills about 2 KiB a thread in true float32, whatever the tile. Products
+# sum over 16 rows at least, so with 99 KiB the other side is 8.
+_FORWARD_512_FLOAT32: dict[str | int, TileConfig] = {
+    227: TileConfig(16, 16, 8, 1),
+    163: TileConfig(16, 16, 8, 1),
+    99: TileConfig(16, 16, 8, 1),
+    64: TileConfig(16, 16, 4, 1),
+}
+_DKDV_512_FLOAT32 = {**_FORWARD_512_FLOAT32, 99: TileConfig(16, 8, 8, 1)}
+_DQ_512_FLOAT32 = {**_FORWARD_512_FLOAT32, 99: TileConfig(8, 16, 8, 1)}
 # True float32 has no tensor cores: a product becomes FMAs on operands in registers, where it spills
 # easily. These are the largest tiles that do not spill on sm_90; keys are the head dimension.
 _FLOAT32_FORWARD = {
@@ -539,6 +586,26 @@ def _float32(
     if dot_precision(spec, target) == "tf32":
         table = tf32
     return next(config for width, config in table.items() if _widest(spec) <= width)
+
+
+def _above_256(
+    half: dict[str | int, TileConfig],
+    float32: dict[str | int, TileConfig],
+    spec: AttentionSpec,
+    target: Target,
+    use_tma: bool,
+) -> TileConfig:
+    if use_tma:
+        return half["TMA"]
+    table = half if spec.dtype != torch.float32 else float32
+    return table[64 if target.kind == "hip" else _shared_kib(target)]
+
+
+def _shared_kib(target: Target) -> int:
+    """Shared memory that a program may have on an NVIDIA GPU."""
+    if _has_227_kib(target):
+        return 227
+    return 163 if target.sm in _HAS_163_KIB else 99
 
 
 def _has_227_kib(target: Target) -> bool:

@@ -7,6 +7,8 @@ gradient, grads)`; MaskMod is one `(function, aux)`. Either may be None. Tiles o
 in, so that any layout will do.
 """
 
+from types import FunctionType
+
 import triton
 import triton.language as tl
 
@@ -61,6 +63,32 @@ def shown(b, h, q_idx, kv_idx, seqlen_q, seqlen_k, MaskMod):
     seen = MaskMod[0](b, h, q_idx, kv_idx, MaskMod[1] + (seqlen_q, seqlen_k))
     tl.static_assert(seen.dtype == tl.int1, "a mask_mod must return bool (tl.int1)")
     return seen
+
+
+def and_functions(first, second, name):
+    """The mask modification that shows what both functions show."""
+
+    def both(b, h, q_idx, kv_idx, aux):
+        return first(b, h, q_idx, kv_idx, aux) & second(b, h, q_idx, kv_idx, aux)
+
+    return _joined(both, first, second, name)
+
+
+def or_functions(first, second, name):
+    """The mask modification that shows what one of the functions shows."""
+
+    def either(b, h, q_idx, kv_idx, aux):
+        return first(b, h, q_idx, kv_idx, aux) | second(b, h, q_idx, kv_idx, aux)
+
+    return _joined(either, first, second, name)
+
+
+def _joined(function, first, second, name):
+    # The interpreter runs a function's source, which finds nothing but globals.
+    its_globals = {**function.__globals__, "first": first, "second": second}
+    joined = FunctionType(function.__code__, its_globals, closure=function.__closure__)
+    joined.__qualname__ = name  # by which Triton tells functions of a kernel apart
+    return triton.jit(joined)
 
 
 @triton.jit

@@ -39,8 +39,8 @@ from triflash.target import Target, target_of
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q"],
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
-def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, stride_ob, stride_os, stride_oh,
-                 stride_gb, stride_gs, stride_gh, nheads, seqlen_q, total_q,
+def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, total_q, stride_ob, stride_os,
+                 stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
                  HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
                  HAS_DLSE: tl.constexpr):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, one program a block of queries."""
@@ -74,11 +74,11 @@ def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, stride_ob, stride
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockLists, Dropout,
-                CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs,
-                stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb,
-                stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k, total_q, total_k,
-                window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale,
+                stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb,
+                stride_vs, stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks,
+                stride_dkh, stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q,
+                seqlen_k, window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
                 CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
@@ -204,14 +204,14 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dropout, CuSeqlensQ,
-              CuSeqlensK, SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh,
-              stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-              stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads, group_size,
-              seqlen_q, seqlen_k, total_q, total_k, window_left, window_right,
-              HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-              CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-              USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+              CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb, stride_qs,
+              stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+              stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads,
+              group_size, seqlen_q, seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
+              HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
+              CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -331,9 +331,10 @@ def backward(
     modifications, dextras = mods.for_backward(spec.features, extras)
     dropout = mods.dropout_of(spec.features, extras)
 
+    totals = sequences.totals(q, k)
     if lse.numel():
         inputs = (out, dout, lse if dlse is None else dlse)
-        launch_delta(*inputs, delta, sequences.cu_seqlens_q, sequences.seqused_q)
+        launch_delta(*inputs, delta, sequences.cu_seqlens_q, sequences.seqused_q, totals[0])
     for launch, written, lists in (
         (launch_dkdv, (dk, dv), mods.query_lists(spec.features, extras)),
         (launch_dq, (dq,), mods.key_lists(spec.features, extras)),
@@ -341,7 +342,8 @@ def backward(
         if written[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
             with mods.explained(spec.features) if spec.features.mods else nullcontext():
-                launch(*operands, lse, delta, *written, *modifications, lists, dropout, *sequences)
+                rest = (*modifications, lists, dropout, *sequences, *totals)
+                launch(*operands, lse, delta, *written, *rest)
     return dq, dk, dv, *dextras(lse, delta)
 
 
@@ -375,7 +377,7 @@ def _prepare(
     strides = [n for stride in inputs for n in stride]
     stride_dq, stride_dk, stride_dv = (entry_strides(stride) for stride in stride_grads)
     stride_o = strides_of(1 if spec.varlen else spec.seqlen_q, spec.nheads, spec.headdim_v)
-    lengths = (spec.seqlen_q, spec.seqlen_k, *spec.totals)
+    lengths = (spec.seqlen_q, spec.seqlen_k)
     window = (spec.features.window_left, spec.features.window_right)
     precision = tuning.dot_precision(spec, target)
     packed = spec.varlen is not None
@@ -386,7 +388,7 @@ def _prepare(
     delta = Launch(
         delta_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * queries,
-        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, spec.totals[0]),
+        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q),
         (spec.headdim_v, config.block_m, block_dv, aligned_dlse is not False),
         config,
     )  # fmt: skip

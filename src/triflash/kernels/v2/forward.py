@@ -45,14 +45,14 @@ from triflash.target import Target, target_of
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
 def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dropout, CuSeqlensQ,
-                   CuSeqlensK, SeqUsedQ, SeqUsedK, softmax_scale, stride_qb, stride_qs, stride_qh,
-                   stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob,
-                   stride_os, stride_oh, nheads, group_size, seqlen_q, seqlen_k, total_q, total_k,
-                   window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-                   SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+                   CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb,
+                   stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+                   stride_vh, stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q,
+                   seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
+                   HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
+                   CHECK_KEYS: tl.constexpr, SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
+                   USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2.
 
     With CuSeqlensQ, a batch entry is a sequence of packed tensors, and seqlen_q and seqlen_k are
@@ -176,7 +176,7 @@ def forward(
     Packed: out `(total_q, nheads, headdim_v)`, lse `(nheads, total_q)`.
     """
     out = q.new_empty((*q.shape[:-1], spec.headdim_v))
-    lse = q.new_empty(spec.lse_shape, dtype=torch.float32)
+    lse = q.new_empty(spec.lse_shape(q), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
     use_tma = tuning.tma_pays(spec, target_of(q.device)) and tma_can_read(q, k, v)
@@ -184,6 +184,7 @@ def forward(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), aligned(q, k, v),
         use_tma, kinds(*extras), sequences.given,
     )  # fmt: skip
+    totals = sequences.totals(q, k)
     if use_tma:
         block_d, block_dv = tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v)
         q = tile_descriptor(q, launch.config.block_m, block_d)
@@ -193,8 +194,8 @@ def forward(
         modifications = mods.for_forward(spec.features, extras)
         lists = mods.key_lists(spec.features, extras)
         sinks = extras[-1] if spec.features.sinks else None
-        dropout = mods.dropout_of(spec.features, extras)
-        launch(q, k, v, out, lse, *modifications, lists, sinks, dropout, *sequences)
+        rest = (lists, sinks, mods.dropout_of(spec.features, extras), *sequences, *totals)
+        launch(q, k, v, out, lse, *modifications, *rest)
     return out, lse, []
 
 
@@ -222,7 +223,7 @@ def _prepare(
         forward_kernel,
         triton.cdiv(spec.seqlen_q, config.block_m) * spec.nheads * spec.batch,
         (spec.softmax_scale, *strides, *stride_o, spec.nheads, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k, *spec.totals, spec.features.window_left, spec.features.window_right),
+         spec.seqlen_k, spec.features.window_left, spec.features.window_right),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
          spec.varlen is not None or spec.seqlen_k % (size_k or config.block_n) != 0, sign,
