@@ -410,6 +410,19 @@ def for_forward(
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
+def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`for_forward`, approximate, of a single built-in modification in its fused form.
+
+    Its entry is `(function, aux, constants)`: `constants(b, h, softmax_scale, aux)`, called once a
+    tile of queries, gives a factor > 0 and a constant, and `function(s, q_idx, kv_idx, seqlen_q,
+    seqlen_k, constant)` the modified score divided by the factor, of q k^T.
+    """
+    [(_, values)], mask = for_forward(features, extras)
+    key = features.score_mods[0].key
+    module = importlib.import_module("triflash.kernels.common.mods")
+    return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
+
+
 def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """What kernels take as Dropout; see kernels/common/dropout.py."""
     if features.dropout_p == 0.0:

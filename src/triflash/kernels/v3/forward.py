@@ -243,8 +243,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
-    if ScoreMods is not None:  # which get scores in natural units
+    FUSED: gl.constexpr = ScoreMods is not None and len(ScoreMods[0]) == 3
+    if ScoreMods is not None and not FUSED:  # which get scores in natural units
         scale_log2 = LOG2_E
+    constant = softmax_scale
     LISTS: gl.constexpr = BlockLists is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
@@ -259,6 +261,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         q_slot = t % STAGES_Q * CONSUMERS + W
         batch = read(tile_smem, 3 * q_slot + 1)
         head = read(tile_smem, 3 * q_slot + 2)
+        if FUSED:
+            scale_log2, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+            scale_log2 *= LOG2_E
         first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                       ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
         start_m += W * ROWS
@@ -302,8 +307,8 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if LISTS:
             start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
-            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q,
-                       seqlen_k, ScoreMods)  # fmt: skip
+            s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+                         False)  # fmt: skip
         if C.causal or C.check_keys or WINDOW:
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
         if MaskMod is not None:
@@ -326,7 +331,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
                 edge = edge | (block < inner)
             if LISTS:
                 start_n, edge = visited(entries, start_n, C.size_k)
-            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
                                     scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
@@ -493,6 +498,30 @@ def keys_of(s, start_n):
 
 
 @gluon.jit
+def modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+             INSIDE: gl.constexpr):  # fmt: skip
+    """q k^T behind the scale and all modifications. constant: the scale, or that of a fused one."""
+    k_idx = keys_of(s, start_n)
+    if len(ScoreMods[0]) == 3:
+        s = ScoreMods[0][0](s, q_idx, k_idx, seqlen_q, seqlen_k, constant)
+    else:
+        s = modify(s * constant, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods, INSIDE)
+    return s
+
+
+@gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing.
+
+    It would compare and select in every block instead of branching, if a modification has computed
+    the indices of keys already: a fifth of a step.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
     """Scores with -inf where causal or a window hides keys."""
     seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
@@ -511,8 +540,8 @@ def sum_of_lanes(p):
 
 
 @gluon.jit
-def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2, batch, head,
-         q_idx, start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, batch, head, q_idx,
+         start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
          LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
@@ -534,13 +563,16 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2
     # Keys past the end are in the first block alone, but where it is a part of a listed one.
     INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
     if ScoreMods is not None:
-        s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
-                   ScoreMods, INSIDE)  # fmt: skip
+        s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+                     INSIDE)  # fmt: skip
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
         if edge:  # only blocks on the edge of the mask pay for it
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+            start = start_n
+            if ScoreMods is not None:
+                start = opaque(start_n)
+            s = mask(s, q_idx, start, seqlen_q, seqlen_k, window_left, window_right, C.causal)
     if MaskMod is not None:
         if C.size_k is None:
             edge = True
@@ -804,14 +836,19 @@ def _prepare(
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
-        partial(_arguments, spec.features),
+        partial(_arguments, spec.features, tuning.v3_fuses(spec)),
     )  # fmt: skip
 
 
-def _arguments(features: Features, lse: Any, counter: Any, *extras: Any) -> tuple[Any, ...]:
+def _arguments(
+    features: Features, fused: bool, lse: Any, counter: Any, *extras: Any
+) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     sinks = extras[-1] if features.sinks else None
-    modifications = mods.for_forward(features, extras, approximate=True)
+    if fused:
+        modifications = mods.fused_forward(features, extras)
+    else:
+        modifications = mods.for_forward(features, extras, approximate=True)
     return lse, counter, *modifications, sinks, mods.key_lists(features, extras)
 
 
