@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from triflash.dropout import checked
 from triflash.spec import (
     BLOCK_LISTS,
     PLAIN,
@@ -252,8 +253,12 @@ def features_of(
     block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
+
+    dropout_seed is that of `dropout.seed_for`, if dropout_p is not 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -293,7 +298,11 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
-    for name, tensor in (("bias", bias), ("sinks", sinks)):
+    dropout_p = checked(dropout_p)
+    if dropout_p == 0.0:
+        dropout_seed = None
+    named = (("bias", bias), ("dropout_seed", dropout_seed), ("sinks", sinks))
+    for name, tensor in named:
         if tensor is not None:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -308,9 +317,12 @@ def features_of(
         mask = Mod(block_mask.mask_mod.key, _bind(block_mask.aux, tensors, "mask_aux"))
         blocks = block_mask.blocks
         tensors.update((name, getattr(block_mask, name)) for name in BLOCK_LISTS)
-    if left is None and right is None and not scores and mask is None and sinks is None:
+    plain = left is None and right is None and not scores and mask is None
+    if plain and sinks is None and dropout_p == 0.0:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask, sinks is not None, blocks=blocks)
+    features = Features(
+        left, right, tuple(scores), mask, sinks is not None, blocks=blocks, dropout_p=dropout_p
+    )
     return features, tuple(tensors[name] for name in features.names)
 
 
@@ -396,6 +408,13 @@ def for_forward(
     )
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
+
+
+def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    """What kernels take as Dropout; see kernels/common/dropout.py."""
+    if features.dropout_p == 0.0:
+        return None
+    return features.named(extras)["dropout_seed"], features.dropout_p
 
 
 def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:

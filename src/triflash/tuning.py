@@ -155,7 +155,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if spec.dtype == torch.float32:
         beside = _modifies(spec) or spec.features.sinks
         if beside and d <= 64 and dot_precision(spec, target) == "ieee":
-            return TileConfig(32, 64, 8, 2)  # 64 queries spill
+            return TileConfig(32, 32 if spec.features.dropout_p else 64, 8, 2)  # more spills
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
@@ -676,8 +676,8 @@ def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 def _modifies(spec: AttentionSpec) -> bool:
-    """Whether scores are modified: a backward then holds them beside p and ds."""
-    return bool(spec.features.score_mods)
+    """Whether scores are modified or weights dropped, which a kernel then holds beside others."""
+    return bool(spec.features.score_mods) or spec.features.dropout_p > 0.0
 
 
 def _fills_tiles(spec: AttentionSpec) -> bool:
