@@ -357,8 +357,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if ScoreMods is not None:
             s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
                          False)  # fmt: skip
-        if C.causal or C.check_keys or WINDOW:
+        if WINDOW:
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+        elif C.causal or C.check_keys:
+            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
         if MaskMod is not None:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
@@ -576,20 +578,24 @@ def opaque(x):
 @gluon.jit
 def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
     """Scores with -inf where causal, a window or the end hides keys."""
+    seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                   window_right)  # fmt: skip
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
+    """`mask` without windows, for a tile's first block.
+
+    There LLVM would make a word of bits of the comparisons and take it apart again, 350
+    instructions: with `edges` 293 to 309 at d128 causal, 512.
+    """
     N: gl.constexpr = s.shape[1] // 2  # elements of a thread
-    k_idx = keys_of(s, start_n)
-    if window_left is None and window_right is None:
-        # LLVM would make a word of bits of the comparisons and take it apart again, 350
-        # instructions a tile: with the edges 293 to 309 at d128 causal, 512.
-        last = q_idx + (seqlen_k - seqlen_q) if CAUSAL else seqlen_k - 1
-        room, s = gl.broadcast(last - k_idx, s)
-        s = gl.inline_asm_elementwise(
-            _HIDE(N), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
-        )
-    else:
-        seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, False, window_left, window_right)
-        s = gl.where(seen, s, float("-inf"))
-    return s
+    last = q_idx + (seqlen_k - seqlen_q) if CAUSAL else seqlen_k - 1
+    room, s = gl.broadcast(last - keys_of(s, start_n), s)
+    return gl.inline_asm_elementwise(
+        _HIDE(N), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
+    )
 
 
 @gluon.constexpr_function
