@@ -19,10 +19,10 @@ import importlib.util
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -468,29 +468,60 @@ def for_backward(
     """
     if features is PLAIN:
         return (None, None), lambda lse, delta: []
+    sums = aux_sums(features, extras)
+    arguments = backward_arguments(features, extras, sums)
+    return arguments, partial(gradients, features, extras, sums)
+
+
+def aux_sums(features: Features, extras: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What kernels of a backward add gradients of aux to, by name: float32, 0."""
     named = features.named(extras)
-    sums: dict[str, Tensor] = {}
+    return {
+        name: named[name].new_zeros(named[name].shape, dtype=torch.float32)
+        for mod in features.score_mods
+        if any(name in features.with_grad for name in mod.aux)
+        for name in mod.aux
+        if isinstance(name, str) and named[name].is_floating_point()
+    }
+
+
+def backward_arguments(
+    features: Features,
+    extras: tuple[Any, ...],
+    sums: Mapping[str, Any],
+    approximate: bool = False,
+) -> tuple[Any, Any]:
+    """ScoreMods and MaskMod of a backward; `sums` as from `aux_sums`, the rest as `for_forward`."""
+    if not features.mods:
+        return None, None
+    named = features.named(extras)
     scores: list[tuple[Any, ...]] = []
     for mod in features.score_mods:
-        known = get(mod.key)
+        known = get(mod.key, approximate)
         entry: tuple[Any, ...] = (known.function, _values(mod, named), known.derivative)
-        if any(a in features.with_grad for a in mod.aux):
-            floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
-            for name in floating:
-                sums[name] = named[name].new_zeros(named[name].shape, dtype=torch.float32)
-            entry = (*entry, known.gradient, _values(replace(mod, aux=tuple(floating)), sums))
+        if any(name in features.with_grad for name in mod.aux):
+            grads = replace(mod, aux=tuple(name for name in mod.aux if name in sums))
+            entry = (*entry, known.gradient, _values(grads, sums))
         scores.append(entry)
+    return tuple(scores) or None, for_forward(features, extras)[1]
 
-    def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
-        if "sinks" in features.with_grad:
-            sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
-        return [
-            sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
-            for name in features.names
-            if name in features.with_grad
-        ]
 
-    return (tuple(scores) or None, for_forward(features, extras)[1]), dextras
+def gradients(
+    features: Features,
+    extras: tuple[Tensor, ...],
+    sums: dict[str, Tensor],
+    lse: Tensor,
+    delta: Tensor,
+) -> list[Tensor]:
+    """The gradients of extras, once kernels have run; lse and delta as in `gradient_of_sinks`."""
+    named = features.named(extras)
+    if "sinks" in features.with_grad:
+        sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
+    return [
+        sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])
+        for name in features.names
+        if name in features.with_grad
+    ]
 
 
 def gradient_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -535,7 +566,7 @@ def explained(features: Features) -> Iterator[None]:
         raise
 
 
-def _values(mod: Mod, named: dict[str, Any]) -> tuple[Any, ...]:
+def _values(mod: Mod, named: Mapping[str, Any]) -> tuple[Any, ...]:
     values = tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
     return (*values, *_strides(named["bias"])) if mod.key == "bias" else values
 

@@ -75,6 +75,7 @@ class HopperBackwardConfig:
         block_n: keys of a program.
         width, width_v: what headdim and headdim_v are filled up to in shared memory.
         stages, dout_stages: blocks of q, and of dout, in shared memory.
+        late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
@@ -90,6 +91,7 @@ class HopperBackwardConfig:
     width_v: int
     stages: int
     dout_stages: int
+    late_dp: bool = False
     late_dv: bool = False
     fold: bool = True
     lag: bool = False
@@ -364,8 +366,16 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
-    backwards = spec.causal and spec.deterministic
+    uses = spec.features.uses
+    backwards = spec.deterministic and (spec.causal or "window" in uses)
     d = _widest(spec)
+    if d <= 64 and spec.features.mods:
+        # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
+        # of p is not p: then p must go before.
+        return HopperBackwardConfig(
+            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
+            fold=False, backwards=backwards,
+        )  # fmt: skip
     if d <= 64:
         if spec.deterministic:
             return HopperBackwardConfig(128, 128, 64, 64, 2, 2, backwards=backwards)
@@ -376,6 +386,8 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv.
         return HopperBackwardConfig(128, 128, 64, 64, 2, 2, late_dv=True, fold=False, lag=True)
+    if d <= 128 and spec.features.mods:
+        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
@@ -385,8 +397,9 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     return HopperBackwardConfig(
-        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, backwards=backwards, wide=True
-    )
+        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
+        backwards=backwards, wide=True,
+    )  # fmt: skip
 
 
 def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:

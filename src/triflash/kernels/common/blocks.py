@@ -23,6 +23,13 @@ def block_list(BlockLists, batch, head, block):
 
 
 @triton.jit
+def rank(BlockLists, batch, head, block, i):
+    """How many blocks come before a block of keys in the list of entry i of its own."""
+    row = batch.to(tl.int64) * BlockLists[2] + head * BlockLists[3] + block
+    return tl.load(BlockLists[5] + row * BlockLists[4] + i)
+
+
+@triton.jit
 def most_listed(BlockLists, batch, head, heads, block):
     """The most entries that the list of a block has for `heads` heads from `head` on."""
     most, _ = block_list(BlockLists, batch, head, block)

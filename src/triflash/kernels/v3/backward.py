@@ -15,8 +15,10 @@ sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 o
 a row. With deterministic=True programs add to a tile of dq in the order of their keys.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -28,9 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triflash import tuning
-from triflash.kernels.common.launch import Launch, aligned, strides_of, tma_can_read
+from triflash import mods, tuning
+from triflash.kernels.common.launch import Launch, aligned, kinds, strides_of, tma_can_read
 from triflash.kernels.common.mask import visible
+from triflash.kernels.common.mods import derive
 from triflash.kernels.common.softmax import LOG2_E
 from triflash.kernels.v3 import backward_wide
 from triflash.kernels.v3.backward_shared import (
@@ -38,17 +41,24 @@ from triflash.kernels.v3.backward_shared import (
     PART,
     PART_COLUMNS,
     PART_ROWS,
+    UNSPECIALIZED,
     Schedule,
     adder,
     after_kernel,
     before_kernel,
+    edges,
+    head_of,
+    listed,
     locate,
+    masked,
+    modified,
     next_block,
     pack,
+    positions,
     producer,
 )
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, tile, view
-from triflash.spec import AttentionSpec
+from triflash.spec import AttentionSpec, Features
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -96,7 +106,17 @@ def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
 
 
 @gluon.jit
-def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
+def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """-delta as an accumulator."""
+    minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, LAYOUT))
+    dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT)
+    dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+    return dp_t
+
+
+@gluon.jit
+def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+             BlockLists, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
@@ -104,20 +124,27 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
      done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
     BLOCK_D: gl.constexpr = k_smem.shape[4]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
-    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    tile_n, batch, head_k, start, full, blocks = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
     scale_log2 = softmax_scale * LOG2_E
+    k_pos = tile_n * C.block_n + W * KEYS
+    k_pos += gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
     # Masks count from the first query and the first key that it sees, which saves registers.
-    k_idx = tile_n * C.block_n + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+    k_idx = k_pos
     keys = seqlen_k
-    if C.causal:
+    if C.causal or WINDOW:
         k_idx -= start + seqlen_k - seqlen_q
-        keys = 0
-    edge = gl.cdiv(full - start, BLOCK_M)
+        keys = 0 if C.causal else keys - (start + seqlen_k - seqlen_q)
+    edge = edges(start, full, C)
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, W)
     v = tile(v_smem, W)
@@ -131,6 +158,11 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     mbarrier.wait(k_full.index(W), 0)
     mbarrier.wait(v_full.index(W), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % STAGES
         phase = i // STAGES & 1
         q = tile(q_smem, slot)
@@ -138,13 +170,14 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
         mbarrier.wait(q_full.index(slot), phase)
         zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.fold:
+        if C.late_dp:
+            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp_t = zeros
+        elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
-            minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-            dp_t = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-            dp_t, _same = gl.broadcast(minus_delta[None, :], dp_t)
+            dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
             s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, is_async=True)
         else:
@@ -152,14 +185,32 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(do_full.index(slot), phase)
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
-        if C.causal or C.check_keys:
-            if m < edge:  # only tiles on the edge of the mask pay for it
-                q_idx = m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[None, :]
-                seen = visible(q_idx, k_idx, 0, keys, C.causal, KEYS_ARE_ROWS=True)
-                p_t = gl.where(seen, p_t, 0.0)
-        p_16 = gl.convert_layout(p_t.to(q.dtype), gl.DotOperandLayout(0, LAYOUT_D, 2))
+        s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
+        if MODIFIED:
+            p_16, ds_t = s_t.to(q.dtype), s_t
+            if always:  # over a branch ptxas moves nothing; else it begins with too much at once
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
+                p_t, ds_t = modified(
+                    s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
+                    partial, window_left, window_right, ScoreMods, MaskMod, True, C,
+                )  # fmt: skip
+                p_16 = p_t.to(q.dtype)
+            p_t = ds_t
+        else:
+            p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
+            if C.causal or C.check_keys or WINDOW:
+                if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
+                    q_idx = positions(m * BLOCK_M, BLOCK_M, QUERIES)[None, :]
+                    seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
+                                   window_left, window_right)  # fmt: skip
+                    p_t = gl.where(seen, p_t, 0.0)
+            p_16 = p_t.to(q.dtype)
+        p_16 = gl.convert_layout(p_16, gl.DotOperandLayout(0, LAYOUT_D, 2))
+        if C.late_dp:
+            mbarrier.wait(do_full.index(slot), phase)
+            if C.fold:
+                dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
+            dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
@@ -167,7 +218,13 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
             dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         if not C.fold:
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
-        ds_t = (p_t * dp_t).to(q.dtype)
+        ds_t = p_t * dp_t
+        if C.scatter:
+            # With zero, as LLVM would keep the addresses that scores were modified by.
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[None, :]
+            ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
+                          ScoreMods, True, C.inside)  # fmt: skip
+        ds_t = ds_t.to(q.dtype)
         if C.late_dv:
             dv = warpgroup_mma(p_16, dout, dv, is_async=True)
         ds_16 = gl.convert_layout(ds_t, gl.DotOperandLayout(0, LAYOUT_D, 2))
@@ -209,9 +266,11 @@ def consumer(shared, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
     mbarrier.arrive(done.index(0), count=1)
 
 
-@gluon.jit(do_not_specialize=["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k"])
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nheads, nheads_k,
-                    group_size, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
+                    softmax_scale,
+                    nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
+                    C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head."""
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
@@ -243,14 +302,18 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
     gl.warp_specialize(
         [
-            (consumer, (shared, softmax_scale, sizes, 0, C)),
-            (consumer, (shared, softmax_scale, sizes, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, C)),
-            (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, C)),
+            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                        MaskMod, BlockLists, 0, C)),
+            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                        MaskMod, BlockLists, 1, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
+            (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+                     BlockLists, C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
-    )
+    )  # fmt: skip
 
 
 def backward(
@@ -263,28 +326,50 @@ def backward(
     lse: torch.Tensor,
     saved: list[torch.Tensor],
     spec: AttentionSpec,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    extras: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    Needs `spec.tma`. dout needs a contiguous last dimension, and is copied if
-    TMA cannot read it as it lies; out, lse and dlse are contiguous.
+    Behind them the gradients of extras that `spec.features.with_grad` names. Needs `spec.tma`. dout
+    needs a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse and
+    dlse are contiguous.
     """
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    features = spec.features
+    aux_sums = mods.aux_sums(features, extras)
     if 0 in (dq.numel(), dk.numel()):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        delta = torch.zeros_like(lse) if dlse is None else -dlse
+        dextras = mods.gradients(features, extras, aux_sums, lse, delta)
+        return dq.zero_(), dk.zero_(), dv.zero_(), *dextras
     if not tma_can_read(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
-        aligned(dout, out, lse), dlse is not None and aligned(dlse),
+        aligned(dout, out, lse), dlse is not None and aligned(dlse), kinds(*extras),
+        tuple(aux_sums),
     )  # fmt: skip
     sums = q.new_empty(plan.sums, dtype=torch.float32)
     stats = q.new_empty(plan.stats, dtype=torch.float32)
     turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
     plan.before(out, dout, lse, lse if dlse is None else dlse, stats, sums)
-    plan.backward(q, k, v, dout, stats, sums, dk, dv, turn)
+    with mods.explained(features) if features.mods else nullcontext():
+        plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, *extras, *aux_sums.values())
     plan.after(sums, dq)
-    return dq, dk, dv
+    if not features.with_grad:
+        return dq, dk, dv
+    delta = -stats.view(*lse.shape[:2], -1, 2, plan.block_m)[..., 1, :].flatten(2)
+    dextras = mods.gradients(features, extras, aux_sums, lse, delta[..., : spec.seqlen_q])
+    return dq, dk, dv, *dextras
+
+
+def _arguments(
+    features: Features, names_of_sums: tuple[str, ...], turn: Any, *tensors: Any
+) -> tuple[Any, ...]:
+    """The kernel's arguments behind its descriptors."""
+    extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
+    named = dict(zip(names_of_sums, aux_sums, strict=True))
+    modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    return turn, *modifications, mods.query_lists(features, extras)
 
 
 @dataclass(frozen=True)
@@ -297,6 +382,7 @@ class Plan:
     sums: tuple[int, int]
     stats: tuple[int, int]
     turn: int
+    block_m: int
 
 
 @lru_cache(maxsize=4096)
@@ -310,16 +396,22 @@ def _prepare(
     stride_dout: tuple[int, ...],
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
+    kinds_of_extras: tuple[object, ...],
+    names_of_sums: tuple[str, ...],
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
-    tiles = -(-spec.seqlen_q // block_m) * spec.nheads * spec.batch
+    size_q, size_k = mods.block_sizes(spec.features)
+    rows = size_q or block_m
+    tiles = -(-spec.seqlen_q // rows) * (rows // block_m) * spec.nheads * spec.batch
     shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
     shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
     shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
     shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
     keys = KEYS.value
+    # Only modifications ask, so that nothing else is compiled anew.
+    inside = bool(spec.features.mods) and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
     sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
     stats = (tiles, 2 * block_m)
     views = (
@@ -337,29 +429,31 @@ def _prepare(
         before_kernel,
         tiles,
         (*strides_of(*shape_o[1:]), *stride_dout[:3], spec.nheads, spec.seqlen_q),
-        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False),
+        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False, rows),
         around,
     )
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
         -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k),
+         spec.seqlen_k, spec.features.window_left, spec.features.window_right),
         (
             Schedule(
-                block_m, block_n, config.stages, config.dout_stages, config.late_dv, config.fold,
-                config.lag, config.backwards, spec.causal, spec.seqlen_k % block_n != 0,
-                spec.group_size > 1, spec.deterministic,
+                block_m, block_n, config.stages, config.dout_stages, config.late_dp,
+                config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
+                spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic, inside,
+                bool(names_of_sums), rows, size_q, size_k,
             ),
         ),
         config,
         views,
+        partial(_arguments, spec.features, names_of_sums),
     )  # fmt: skip
     after = Launch(
         after_kernel,
         tiles * (block_m // PART.value) * (width // PART.value),
         (spec.softmax_scale, spec.nheads, spec.seqlen_q),
-        (spec.headdim, block_m, width),
+        (spec.headdim, block_m, width, rows),
         around,
     )
-    return Plan(before, backward, after, sums, stats, tiles)
+    return Plan(before, backward, after, sums, stats, tiles, block_m)

@@ -14,8 +14,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from triflash.kernels.common.mask import query_range
-from triflash.kernels.common.softmax import lse_to_log2
+from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
+from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mods import derive, modify, shown
+from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.v3.tma import (
     async_load,
     async_store,
@@ -34,6 +36,7 @@ class Schedule:
     block_n: int
     stages: int
     dout_stages: int
+    late_dp: bool
     late_dv: bool
     fold: bool
     lag: bool
@@ -42,6 +45,11 @@ class Schedule:
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
     deterministic: bool  # programs add to a tile of dq in the order of their keys
+    inside: bool  # all queries and keys of all tiles exist; modifications want to know
+    scatter: bool  # gradients of aux are wanted
+    rows: int  # of Stats and Sums, a head's fill a multiple of it
+    size_q: int | None  # of a block mask's blocks
+    size_k: int | None
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -50,14 +58,22 @@ PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
 PART_COLUMNS = gl.constexpr(128)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
 
+# Parameters of the kernels that programs are not compiled anew for.
+UNSPECIALIZED = [
+    "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
+]  # fmt: skip
+
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q"])
 def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, stride_oh, stride_gb,
                   stride_gs, stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  HAS_DLSE: tl.constexpr):  # fmt: skip
-    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums."""
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+                  HAS_DLSE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
+
+    A head has tiles up to a multiple of ROWS.
+    """
+    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
     batch = (pid // tiles_m // nheads).to(tl.int64)
     head = (pid // tiles_m % nheads).to(tl.int64)
@@ -85,10 +101,11 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q"])
 def after_kernel(Sums, dQ, softmax_scale, nheads, seqlen_q, HEADDIM: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
     """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
     row = pid // PARTS // tiles_m
     part = pid % PARTS
@@ -116,28 +133,55 @@ def pack(part):
 
 
 @gluon.jit
-def locate(seqlen_q, seqlen_k, nheads_k, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, blocks a head).
+def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
+    """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head).
 
+    Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
+    With BlockLists blocks are those listed, and what they need `listed` knows.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
     tiles_n = gl.cdiv(seqlen_k, C.block_n)
     pid = gl.program_id(0)
     tile_n = pid % tiles_n
     row = pid // tiles_n
+    start_n = tile_n * C.block_n
     start, full = query_range(
-        tile_n * C.block_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal
+        start_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal, window_right
     )
     if C.check_keys:
         if (tile_n + 1) * C.block_n > seqlen_k:
             full = seqlen_q
-    blocks = gl.cdiv(seqlen_q - start, C.block_m)
-    return tile_n, row // nheads_k, row % nheads_k, start, full, blocks
+    end, full_to = seqlen_q, seqlen_q
+    if window_left is not None:
+        full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+        end = gl.maximum(start, end)
+    blocks = gl.cdiv(end - start, C.block_m)
+    if BlockLists is not None:
+        head = row % nheads_k * group_size
+        most = most_listed(BlockLists, row // nheads_k, head, group_size, start_n // C.size_k)
+        blocks = most * (C.size_q // C.block_m)
+    return tile_n, row // nheads_k, row % nheads_k, start, (full, full_to), blocks
 
 
 @gluon.jit
-def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
-    """Step i as (head, start_m): head after head, so that one follows the other without a gap."""
+def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Block m of a walk along the list of a program's keys, as (first query, partly seen)."""
+    _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return visited(entries, m * C.block_m, C.size_q)
+
+
+@gluon.jit
+def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """How many programs of earlier keys add to block m's dq."""
+    PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
+    before = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
+    return before * PROGRAMS + tile_n % PROGRAMS
+
+
+@gluon.jit
+def walk(i, head_k, blocks, group_size, C: gl.constexpr):
+    """Step i as (head, m): head after head, so that one follows the other without a gap."""
     head = head_k
     m = i
     if C.gqa:
@@ -145,7 +189,7 @@ def walk(i, head_k, start, blocks, group_size, C: gl.constexpr):
         m = i % blocks
     if C.backwards:
         m = blocks - 1 - m
-    return head, start + m * C.block_m
+    return head, m
 
 
 @gluon.jit
@@ -163,13 +207,83 @@ def next_block(m, blocks, C: gl.constexpr):
 
 
 @gluon.jit
-def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
+def positions(start, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """start + arange, in a loop.
+
+    Added up so that a thread's positions are one register and constants; LLVM would compute arange
+    before the loop and keep it, 16 registers or more.
+    """
+    offs = gl.arange(0, BLOCK, LAYOUT)
+    return start + (offs & 6) + (offs & (BLOCK - 7))
+
+
+@gluon.jit
+def edges(start, full, C: gl.constexpr):
+    """`full` of `locate` in blocks from the first query on."""
+    return gl.cdiv(full[0] - start, C.block_m), (full[1] - start) // C.block_m
+
+
+@gluon.jit
+def masked(m, edge, window_left):
+    """Whether block m of a head needs a mask; edge is of `edges`."""
+    outside = m < edge[0]
+    if window_left is not None:
+        outside = outside | (m >= edge[1])
+    return outside
+
+
+@gluon.jit
+def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
+    """The head of step i, as in walk."""
+    head = head_k
+    if C.gqa:
+        head = head_k * group_size + i // blocks
+    return head
+
+
+@gluon.jit
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial,
+             window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
+             C: gl.constexpr):  # fmt: skip
+    """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
+
+    Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
+    with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
+    causal, window and the end of keys checked, and with lists of blocks MaskMod.
+    """
+    if ScoreMods is not None:
+        score = s * softmax_scale
+        s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
+        p = gl.exp2(s * LOG2_E - lse)
+    else:
+        p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
+    if C.causal or C.check_keys or window_left is not None or window_right is not None:
+        if partial:
+            seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
+                           window_right)  # fmt: skip
+            p = gl.where(seen, p, 0.0)
+    if MaskMod is not None:
+        if partial or C.size_q is None:
+            seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
+            p = gl.where(seen, p, 0.0)
+    derived = p
+    if ScoreMods is not None and not C.scatter:
+        derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
+                         C.inside)  # fmt: skip
+    return p, derived
+
+
+@gluon.jit
+def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    nheads, _nheads_k, group_size, seqlen_q, _seqlen_k = sizes
+    tile_n, batch, head_k, start, _full, blocks = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
+    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS
         mbarrier.expect(k_full.index(w), K.block_type.nbytes)
@@ -177,7 +291,10 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
         mbarrier.expect(v_full.index(w), V.block_type.nbytes)
         load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
-        head, start_m = walk(i, head_k, start, blocks, group_size, C)
+        head, m = walk(i, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = i % C.stages
         mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
@@ -191,7 +308,8 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
+def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+          BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
@@ -206,20 +324,31 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, C: gl.constexpr):
     BLOCK_D: gl.constexpr = q_smem.shape[4]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
-    nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
-    tiles_m = gl.cdiv(seqlen_q, C.block_m)
+    nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    tile_n, batch, head_k, start, _full, blocks = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
+    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
             mbarrier.wait(dq_full.index(w), 0)
             mbarrier.arrive(dq_empty.index(w), count=1)
     for i in range(LAG, group_size * blocks + LAG):
-        head, start_m = walk(i - LAG, head_k, start, blocks, group_size, C)
+        head, m = walk(i - LAG, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         row = (batch * nheads + head) * tiles_m + start_m // C.block_m
         if C.deterministic:
-            # Programs of earlier keys have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != tile_n:
+            turn = tile_n  # how many programs of earlier keys add to this tile
+            if window_left is not None:
+                begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+                turn -= begin[0] // C.block_n
+            if BlockLists is not None:
+                turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
+            # They have smaller numbers, so they are running or done.
+            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash.kernels.common.mask import visible
+from triflash.kernels.common.mods import derive
 from triflash.kernels.common.softmax import LOG2_E
 from triflash.kernels.v3.backward_shared import (
     DQ_BUFFERS,
@@ -22,10 +23,17 @@ from triflash.kernels.v3.backward_shared import (
     PART,
     PART_COLUMNS,
     PART_ROWS,
+    UNSPECIALIZED,
     adder,
+    edges,
+    head_of,
+    listed,
     locate,
+    masked,
+    modified,
     next_block,
     pack,
+    positions,
     producer,
 )
 from triflash.kernels.v3.tma import barriers, buffers, tile
@@ -34,27 +42,39 @@ P_STAGES = gl.constexpr(2)  # blocks of p, and of ds
 
 
 @gluon.jit
-def scores(shared, softmax_scale, sizes, C: gl.constexpr):
+def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warpgroup that makes p and ds."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    tile_n, _batch, _head_k, start, full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    tile_n, batch, head_k, start, full, blocks = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     first = start + seqlen_k - seqlen_q - tile_n * KEYS
     keys = 0 if C.causal else seqlen_k - tile_n * KEYS
-    edge = gl.cdiv(full - start, BLOCK_M)
+    always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
+    edge = edges(start, full, C)
     m = blocks - 1 if C.backwards else 0
     k = tile(k_smem, 0)
     v = tile(v_smem, 0)
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(v_full.index(0), 0)
     for i in range(group_size * blocks):
+        if MODIFIED:
+            head = head_of(i, head_k, blocks, group_size, C)
+            start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            if BlockLists is not None:
+                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         q_slot = i % C.stages
         do_slot = i % C.dout_stages
         slot = i % P_STAGES
@@ -64,25 +84,47 @@ def scores(shared, softmax_scale, sizes, C: gl.constexpr):
         mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
         zeros = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
-        dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if not C.late_dp:
+            mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
+            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-        s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
-        p = gl.exp2(s * scale_log2 - lse[:, None])
-        if C.causal or C.check_keys:
-            if m < edge:  # only tiles on the edge of the mask pay for it
-                q_idx = first + m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[:, None]
-                k_idx = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
-                p = gl.where(visible(q_idx, k_idx, 0, keys, C.causal), p, 0.0)
+        if MODIFIED:
+            p, derived = s, s
+            if always:  # see backward.py
+                q_pos = positions(start_m, BLOCK_M, QUERIES)[:, None]
+                k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
+                p, derived = modified(
+                    s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
+                    partial, window_left, window_right, ScoreMods, MaskMod, False, C,
+                )  # fmt: skip
+        else:
+            p = gl.exp2(s * scale_log2 - lse[:, None])
+            if C.causal or C.check_keys or WINDOW:
+                if masked(m, edge, window_left):  # only tiles on the edge of the mask pay for it
+                    q_idx = first + m * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)[:, None]
+                    k_idx = gl.arange(0, KEYS, COLUMNS)[None, :]
+                    seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, False,
+                                   window_left, window_right)  # fmt: skip
+                    p = gl.where(seen, p, 0.0)
+            derived = p
         mbarrier.wait(p_empty.index(slot), i // P_STAGES & 1 ^ 1)
         p_smem.index(slot).store(p.to(q.dtype))
         fence_async_shared()
         mbarrier.arrive(p_full.index(slot), count=1)
+        if C.late_dp:
+            mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
+            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(do_empty.index(do_slot), count=1)
-        ds = p * (dp + minus_delta[:, None])
+        ds = derived * (dp + minus_delta[:, None])
+        if C.scatter:
+            q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[:, None]
+            k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
+            ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
+                        ScoreMods, True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
         ds_smem.index(slot).store(ds.to(q.dtype))
         fence_async_shared()
@@ -91,12 +133,13 @@ def scores(shared, softmax_scale, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr):
+def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+             IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, _, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     W: gl.constexpr = 1 if IS_DK else 0
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
@@ -105,7 +148,9 @@ def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr)
     ROUNDS: gl.constexpr = k_smem.shape[4] // PART // DQ_BUFFERS
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    _tile_n, _batch, _head_k, _start, _full, blocks = locate(seqlen_q, seqlen_k, nheads_k, C)
+    _tile_n, _batch, _head_k, _start, _full, blocks = locate(
+        sizes, window_left, window_right, BlockLists, C
+    )
     k = tile(k_smem, 0)
     acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
     mbarrier.wait(k_full.index(0), 0)
@@ -147,9 +192,11 @@ def gradient(shared, softmax_scale, sizes, IS_DK: gl.constexpr, C: gl.constexpr)
     mbarrier.arrive(done.index(0), count=1)
 
 
-@gluon.jit(do_not_specialize=["nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k"])
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nheads, nheads_k,
-                    group_size, seqlen_q, seqlen_k, C: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
+                    softmax_scale,
+                    nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
+                    C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem = buffers(K, 1)
@@ -186,12 +233,17 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, softmax_scale, nhe
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
     gl.warp_specialize(
         [
-            (scores, (shared, softmax_scale, sizes, C)),
-            (gradient, (shared, softmax_scale, sizes, False, C)),
-            (gradient, (shared, softmax_scale, sizes, True, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, C)),
-            (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, C)),
+            (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+                      BlockLists, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        False, C)),
+            (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
+                        True, C)),
+            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                        BlockLists, C)),
+            (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+                     BlockLists, C)),
         ],
         [4, 4, 1, 1],
         [192, 192, 24, 24],
-    )
+    )  # fmt: skip
