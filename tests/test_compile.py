@@ -181,7 +181,10 @@ COMPILED_FEATURES = (
     "bias of keys", "dropout",
 )  # fmt: skip
 # ALiBi is faster with tiles that spill (docs/perf-log.md), here bytes a thread.
-FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
+FEATURED_SPILLS = {
+    ("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56,
+    ("alibi", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+}
 
 
 @pytest.mark.parametrize("call", FEATURED_CALLS)

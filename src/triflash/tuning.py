@@ -267,9 +267,10 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
 
 
 def v3_fuses(spec: AttentionSpec) -> bool:
-    """Whether v3's forward takes softcap or ALiBi in its fused form, which saves a third of it.
+    """Whether v3's forward takes softcap or ALiBi in its fused form.
 
-    It is the only score modification, and the scale so large that no constant overflows.
+    It must be the only score modification, and the scale so large that no constant overflows.
+    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
     """
     return tuple(mod.key for mod in spec.features.score_mods) in (("softcap",), ("alibi",)) and (
         spec.softmax_scale > 1e-6
@@ -291,7 +292,11 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
     stages_q, alias = 1, False
-    fused = v3_fuses(spec) and spec.features.mask_mod is None
+    # Measured at d128 causal, 8192, as parts of plain's speed: all of q in registers 0.67 for
+    # softcap, 0.77 for ALiBi, none 0.79 and 0.89; half of it 0.78 and 0.79 for a mask and a score
+    # modification of users, none 0.75 and 0.77.
+    half_q = widths == (128,) and bool(spec.features.mods)
+    half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
     if max(total, total_v) <= 64:
         # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
         # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
@@ -300,7 +305,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
-            consumers, block_n, most = (3, 128, 4) if fused else (3, 64, 6)
+            # Measured: softcap at 8192 causal 0.67 of plain, 0.64 with 128 keys.
+            consumers, block_n, most = 3, 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
@@ -337,10 +343,9 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683. Modifications need them,
-        # unless fused, which are short of them at d256 alone.
-        q_in_registers=consumers == 2
-        and (not spec.features.mods or (fused and max(total, total_v) <= 128)),
+        # with d256 causal at 16384: no difference; full 716 against 683.
+        q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
+        half_q=half_q,
         alias=alias,
     )
 
