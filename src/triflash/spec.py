@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -70,6 +70,11 @@ class Blocks:
     def counts(self) -> tuple[int, int]:
         """Blocks of queries, and of keys."""
         return -(-self.seqlen_q // self.size_q), -(-self.seqlen_k // self.size_k)
+
+    @property
+    def text(self) -> str:
+        of_all = (self.batch, self.nheads, self.seqlen_q, self.seqlen_k)  # no astuple: Dynamo
+        return ",".join(map(str, (self.size_q, self.size_k, *of_all)))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -166,7 +171,7 @@ class Features:
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         if self.blocks is not None:
-            parts.append("blocks=" + ",".join(map(str, astuple(self.blocks))))
+            parts.append("blocks=" + self.blocks.text)
         if self.dropout_p != 0.0:
             parts.append(f"dropout={self.dropout_p}")
         return ";".join(parts)
