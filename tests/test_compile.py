@@ -178,7 +178,7 @@ FEATURED_CALLS = {
 }
 COMPILED_FEATURES = (
     "both", "softcap", "alibi", "documents", "blocks", "learned bias", "sinks", "bias",
-    "bias of keys",
+    "bias of keys", "dropout",
 )  # fmt: skip
 # These are faster with tiles that spill (docs/perf-log.md), here bytes a thread.
 FEATURED_SPILLS = {

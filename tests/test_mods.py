@@ -89,6 +89,10 @@ FEATURED = {
     "bias of keys": {"bias": "bk -", "window_size": (30, 30)},
     "bias of queries": {"bias": "q float32", "alibi": "heads"},
     "bias expanded": {"bias": "hqk - expanded", "sinks": FLOAT},
+    "dropout": {"dropout_p": 0.1},
+    "dropout, causal": {"dropout_p": 0.5, "causal": True, "bias": "hqk -"},
+    "dropout, softcap": {"dropout_p": 0.3, "softcap": 3.0, "window_size": (20, 9)},
+    "dropout, sinks": {"dropout_p": 0.3, "sinks": FLOAT, "mask_mod": DOCUMENT, "make_aux": ids},
     "sinks": {"sinks": FLOAT},
     "sinks, causal": {"sinks": torch.float16, "causal": True},
     "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
@@ -100,6 +104,11 @@ FEATURED = {
     },
     "blocks, sinks": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 64), "sinks": FLOAT,
+    },
+    "large blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
+    "larger blocks, alibi": {
+        "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (256, 256), "block_heads": True,
+        "alibi": "heads", "causal": True,
     },
 }  # fmt: skip
 BIASES = (
@@ -143,6 +152,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
         block_heads=draw(st.booleans()),
         sinks=draw(st.sampled_from([None, FLOAT, dtype])),
         bias=draw(st.sampled_from(["", "", *BIASES])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.93])),
     )
 
 
