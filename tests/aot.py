@@ -128,7 +128,7 @@ def record_call(
         import test_mods  # here, so that its functions are what this process makes of them
 
         fields = {**test_mods.FEATURED[feature], "causal": causal}
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, **fields)
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, dtype=dtype, **fields)
         arguments = of.extras(torch.device("meta"))
     features, extras = mods.features_of(**arguments)
     features = replace(features, with_grad=mods.differentiable(features, extras))

@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
     for ours in (  # of Triton's interpreter, one for every program of every kernel
         "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
-        "ignore:.* encountered in (log2|exp2):RuntimeWarning:triton",
+        "ignore:.* encountered in (log2|exp2|multiply):RuntimeWarning:triton",
     ):
         config.addinivalue_line("filterwarnings", ours)
 

@@ -29,8 +29,7 @@ _KERNELS = {
 ALLOWED: dict[str, set[str]] = {
     "triflash": {
         "triflash.interface", "triflash.registry", "triflash.mods", "triflash.nn",
-        "triflash.packed",
-        "triflash.padding",
+        "triflash.packed", "triflash.padding", "triflash.block_mask",
     },
     "triflash.padding": set(),
     "triflash.bert_padding": {"triflash.padding"},
@@ -39,6 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.mods": {"triflash.spec"},
     "triflash.tuning": {"triflash.spec", "triflash.target"},
     "triflash.reference": {"triflash.spec", "triflash.mods"},
+    "triflash.block_mask": {
+        "triflash.spec", "triflash.mods", "triflash.target", "triflash.reference",
+        "triflash.kernels.common",
+    },
     "triflash.masks": {"triflash.spec", "triflash.mods", "triflash.reference"},
     "triflash.registry": {"triflash.spec", "triflash.target"},
     "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry", "triflash.sequences"},
@@ -53,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.nn": {"triflash", "triflash.interface"},
     "triflash.testing": {
         "triflash.interface", "triflash.reference", "triflash.registry", "triflash.spec",
-        "triflash.target", "triflash.mods",
+        "triflash.target", "triflash.mods", "triflash.block_mask",
     },
     "triflash.kernels": set(),
     "triflash.kernels.common": set(),

@@ -176,14 +176,15 @@ FEATURED_CALLS = {
     "bf16-64-causal-long": {"dtype": BF16, "headdim": 64, "causal": True, "seqlen": 16384},
     "fp32-64": {"dtype": FP32, "headdim": 64},
 }
+COMPILED_FEATURES = (
+    "both", "softcap", "alibi", "documents", "learned bias", "sinks", "bias", "bias of keys",
+)  # fmt: skip
 # ALiBi is faster with tiles that spill (docs/perf-log.md), here bytes a thread.
 FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
 
 
 @pytest.mark.parametrize("call", FEATURED_CALLS)
-@pytest.mark.parametrize(
-    "feature", ["both", "softcap", "alibi", "documents", "learned bias", "sinks"]
-)
+@pytest.mark.parametrize("feature", COMPILED_FEATURES)
 @pytest.mark.parametrize("target", ONE_OF_A_KIND)
 def test_features_compile(feature, call, target, compile_for):
     limit = aot.TARGETS[target][2]

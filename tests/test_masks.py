@@ -57,7 +57,7 @@ def test_states_written_out():
     assert blocks.states.tolist() == [[FULL, PARTIAL, EMPTY], [FULL, FULL, FULL]]
     assert [blocks.count(state) for state in (EMPTY, PARTIAL, FULL)] == [1, 1, 4]
     assert blocks.visible == 10
-    assert blocks.share == 10 / 15
+    assert blocks.share == "66.7% of pairs visible"
     assert masks.text(blocks) == "██▒▒··\n██████"
 
 

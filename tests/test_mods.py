@@ -84,6 +84,11 @@ FEATURED = {
     "negative scale": {"softmax_scale": -0.5, "softcap": 2.0, "window_size": (None, 30)},
     "documents": {"mask_mod": DOCUMENT, "make_aux": ids},
     "documents, causal": {"mask_mod": DOCUMENT, "make_aux": ids, "causal": True},
+    "bias": {"bias": "bhqk"},
+    "bias of heads, causal": {"bias": "hqk -", "causal": True},
+    "bias of keys": {"bias": "bk -", "window_size": (30, 30)},
+    "bias of queries": {"bias": "q float32", "alibi": "heads"},
+    "bias expanded": {"bias": "hqk - expanded", "sinks": FLOAT},
     "sinks": {"sinks": FLOAT},
     "sinks, causal": {"sinks": torch.float16, "causal": True},
     "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
@@ -97,6 +102,10 @@ FEATURED = {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 64), "sinks": FLOAT,
     },
 }  # fmt: skip
+BIASES = (
+    "bhqk", "bhqk -", "hqk float32", "qk - expanded", "hk", "bk -", "bq float32 -", "bhqk expanded",
+    "h",
+)  # fmt: skip
 LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 700), (700, 300)]
 
 
@@ -129,6 +138,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
         score_mod=RELATIVE if learned else None,
         make_aux=ids if masks else table if learned else None,
         sinks=draw(st.sampled_from([None, FLOAT, dtype])),
+        bias=draw(st.sampled_from(["", "", *BIASES])),
     )
 
 
@@ -243,6 +253,17 @@ BAD = {
         {"mask_mod": DOCUMENT, "aux": (torch.ones(3, device="meta"),)}, ValueError,
         ["aux0", "meta"],
     ),
+    "bias a number": ({"bias": 0.0}, TypeError, ["bias", "Tensor", "float"]),
+    "bias of bools": (
+        {"bias": torch.ones(2, 4, 5, 5).bool()}, TypeError, ["bias", "float32", "torch.bool"],
+    ),
+    "bias of two dimensions": (
+        {"bias": torch.ones(5, 5)}, ValueError, ["bias", "seqlen_q or 1", "(2, 4, 5, 5)", "(5, 5)"],
+    ),
+    "bias of another length": (
+        {"bias": torch.ones(1, 1, 5, 6)}, ValueError, ["bias", "(2, 4, 5, 5)", "(1, 1, 5, 6)"],
+    ),
+    "bias elsewhere": ({"bias": torch.ones(1, 1, 1, 1, device="meta")}, ValueError, ["bias"]),
     "sinks a number": ({"sinks": 0.0}, TypeError, ["sinks", "Tensor", "float"]),
     "sinks of 3 heads": ({"sinks": torch.ones(3)}, ValueError, ["sinks", "(nheads,)", "4", "(3,)"]),
     "sinks for each row": ({"sinks": torch.ones(2, 4)}, ValueError, ["sinks", "(2, 4)"]),
@@ -318,6 +339,11 @@ def test_deterministic_has_no_atomic_gradients(device):
     attention(q, q, q, aux=(bias, 7), **options)
     with pytest.raises(NotImplementedError, match="deterministic=True with a gradient of aux0"):
         attention(q, q, q, aux=(bias.requires_grad_(), 7), **options)
+    options = {"implementation": "v2", "deterministic": True}
+    added = torch.zeros(1, 1, 1, 1, device=device)
+    attention(q, q, q, bias=added, **options)
+    with pytest.raises(NotImplementedError, match="deterministic=True with a gradient of bias"):
+        attention(q, q, q, bias=added.requires_grad_(), **options)
 
 
 def test_gradients_of_sinks_are_deterministic(device):
@@ -359,6 +385,52 @@ def test_sinks_of_any_size(implementation, device):
         q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, implementation=implementation
     )
     torch.testing.assert_close(lse, sinks.view(1, -1, 1).expand(1, 5, 40))
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_bias_may_lie_anyhow(implementation, device):
+    """Transposed, sliced, expanded, and one after the other of other sizes in the same kernels."""
+    q, k, v = (torch.randn(2, n, 3, 16, device=device) for n in (20, 33, 33))
+    full = torch.randn(2, 3, 20, 33, device=device)
+    around = torch.full((3, 4, 22, 40), float("nan"), device=device)
+    inside = around[1:, 1:, 1:-1, 3:36].copy_(full)
+    turned = full.transpose(2, 3).contiguous().transpose(2, 3)
+    first = attention(q, k, v, bias=full, implementation=implementation)
+    for bias in (inside, turned, full):
+        again = attention(q, k, v, bias=bias, implementation=implementation)
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+    for small in (full[:1], full[:, :1], full[:, :, :1], full[..., :1], full[:1, :1, :1, :1]):
+        calls = [
+            attention(q, k, v, bias=bias, implementation=implementation)
+            for bias in (small, small.expand(full.shape), small.expand(full.shape).contiguous())
+        ]
+        torch.testing.assert_close(calls[1], calls[0], rtol=0, atol=0)
+        torch.testing.assert_close(calls[2], calls[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_bias_is_the_mask_of_pytorch(implementation, device):
+    """scaled_dot_product_attention's attn_mask, -inf in it and the least float32."""
+    q, k, v = (torch.randn(2, n, 3, 16, device=device) for n in (20, 33, 33))
+    hidden = torch.rand(2, 1, 20, 33, device=device) < 0.3
+    plain = torch.randn(2, 3, 20, 33, device=device)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    for least in (float("-inf"), torch.finfo(FLOAT).min, torch.finfo(torch.bfloat16).min):
+        bias = plain.masked_fill(hidden, least).requires_grad_()
+        expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias)
+        out = attention(q, k, v, bias=bias, implementation=implementation)
+        torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+        dout = torch.randn_like(out)
+        (dbias,) = torch.autograd.grad(out, bias, dout)
+        (wanted,) = torch.autograd.grad(expected, bias, dout.transpose(1, 2))
+        torch.testing.assert_close(dbias, wanted, rtol=1e-4, atol=1e-5)
+        assert not dbias[hidden.expand_as(dbias)].any()
+        nothing = torch.full_like(bias, least)
+        out, lse = attention(
+            q, k, v, bias=nothing, return_lse=True, implementation=implementation
+        )  # fmt: skip
+        assert not out.any()
+        assert (lse == float("-inf")).all()
 
 
 def test_gradients_that_nobody_wrote_are_refused(device):
@@ -411,12 +483,14 @@ def test_compile(implementation, device):
     bias = torch.linspace(-1, 1, 30, device=device).view(2, 15).requires_grad_()
     sinks = torch.tensor([0.5, -2.0], device=device, requires_grad=True)
     slopes = torch.tensor([0.5, 0.25], device=device)
-    leaves = (q, bias, sinks)
+    added = torch.randn(1, 2, 33, 1, device=device, requires_grad=True)
+    leaves = (q, bias, sinks, added)
 
-    def call(q, bias, sinks):
+    def call(q, bias, sinks, added):
         return attention(
             q, q * 2, q * 3, window_size=(20, 9), softcap=3.0, alibi_slopes=slopes,
-            score_mod=RELATIVE, aux=(bias, 7), sinks=sinks, implementation=implementation,
+            score_mod=RELATIVE, aux=(bias, 7), sinks=sinks, bias=added,
+            implementation=implementation,
         )  # fmt: skip
 
     compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")

@@ -367,8 +367,11 @@ def test_which_reports_of_racecheck_are_explained():
         lines = source.read_text().splitlines()
         return next(i for i, found in enumerate(lines, 1) if text in found)
 
-    def report(*places: str) -> str:
-        accesses = [f"Read access at k_kernel+0x1e0 in {place}" for place in places]
+    def report(*places: str, first: str = "Read") -> str:
+        kinds = [first] + ["Read"] * (len(places) - 1)
+        accesses = [
+            f"{kind} access at k_kernel+0x1e0 in {x}" for kind, x in zip(kinds, places, strict=True)
+        ]
         return "========= Error: Race reported between " + "\n=========     and ".join(accesses)
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
@@ -376,11 +379,15 @@ def test_which_reports_of_racecheck_are_explained():
     load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
-    explained += "\n" + report(f"forward.py:{index}", f"forward.py:{load}")
+    explained += "\n" + report(f"forward.py:{index}", "mask.py:45", first="Write")
     explained += "\n" + report(f"backward.py:{backward}", f"backward.py:{backward}")
     assert unexplained_races(explained) == []
-    wrong = report(f"forward.py:{index}", f"forward.py:{other}")
-    assert unexplained_races(explained + "\n" + wrong) == [wrong.split("Error: ")[1]]
+    for wrong in (
+        report(f"forward.py:{other}", f"forward.py:{load}", first="Write"),
+        report(f"forward.py:{dispatch}", f"forward.py:{other}"),
+        report("mask.py:45", "mask.py:45", first="Write"),
+    ):
+        assert unexplained_races(explained + "\n" + wrong) == [wrong.split("Error: ")[1]]
     assert unexplained_races("========= Error: something else")
 
 

@@ -15,7 +15,7 @@ from helpers import GPU, check
 
 import triflash
 from triflash import cli
-from triflash.masks import seen
+from triflash.masks import EMPTY, FULL, PARTIAL, Blocks, seen
 from triflash.testing import Case
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -55,9 +55,22 @@ VARIANTS = {
     "causal document": {"mask_mod": "document", "make_aux": _ids, "causal": True},
     "prefix_lm": {"mask_mod": "prefix_lm", "make_aux": lambda *_: (33,)},
     "dilated": {"mask_mod": "dilated", "make_aux": lambda *_: (8, 3), "causal": True},
+    "document blocks": {"mask_mod": "document", "make_aux": _ids, "block_size": (64, 64)},
+    "causal document blocks": {
+        "mask_mod": "document", "make_aux": _ids, "causal": True, "block_size": (64, 64),
+    },
+    "prefix blocks": {
+        "mask_mod": "prefix_lm", "make_aux": lambda *_: (33,), "block_size": (64, 64),
+    },
+    "dilated blocks": {
+        "mask_mod": "dilated", "make_aux": lambda *_: (64, 3), "causal": True,
+        "block_size": (64, 64),
+    },
+    "both": {"mask_mod": "both", "make_aux": lambda *_: (8, 3)},
+    "either": {"mask_mod": "either", "make_aux": lambda *_: (8, 3)},
     "soft": {"score_mod": "soft", "make_aux": lambda *_: (2.0,), "causal": True},
     "relative": {"score_mod": "relative", "make_aux": _table, "causal": True},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", ["v2", "reference"])
@@ -89,7 +102,7 @@ def test_variants_are_short():
 
 def test_there_is_a_picture_of_each_mask():
     assert {name for name, _ in PICTURES} == {path.stem for path in (DOCS / "variants").iterdir()}
-    assert len(PICTURES) == 6
+    assert len(PICTURES) == 10
 
 
 @pytest.mark.parametrize(("name", "command"), PICTURES, ids=lambda x: x.split()[0])
@@ -102,7 +115,7 @@ def test_pictures_are_what_the_commands_draw(name, command, page, tmp_path):
     assert file == target.name
     assert cli.main([*flags, str(target)]) == 0
     kept, drawn = (image.open(path).text for path in (DOCS / "variants" / file, target))
-    assert "pairs are visible" in drawn["Description"]
+    assert re.search("pairs are visible|blocks visited", drawn["Description"])
     for key in ("Title", "Description"):
         assert kept[key] == drawn[key]
 
@@ -113,6 +126,20 @@ def test_the_drawing_on_the_page(capsys):
     ).groups()
     assert cli.main(shlex.split(command)) == 0
     assert capsys.readouterr().out == drawing
+
+
+def test_block_masks_are_what_their_masks_are(page):
+    """The block masks of the page against the pairs that the modifications show."""
+    for name, mod, aux, causal in (
+        ("document_blocks", page.document, (page.long_ids.cpu(),), False),
+        ("causal_document_blocks", page.document, (page.long_ids.cpu(),), True),
+        ("prefix_blocks", page.prefix_lm, (300,), False),
+        ("dilated_blocks", page.dilated, (64, 3), True),
+    ):
+        whole = seen(1024, 1024, causal=causal, mask_mod=mod, aux=aux)
+        listed = Blocks.listed(getattr(page, name))
+        assert torch.equal(listed.states, Blocks.of(whole, 64, 64).states)
+        assert len({listed.count(state) for state in (EMPTY, PARTIAL, FULL)} - {0}) > 1
 
 
 def test_documents_are_drawn_as_the_page_masks_them(page):

@@ -20,7 +20,7 @@ from triflash.spec import AttentionSpec, Blocks, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
-_Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+_Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _MULTIPLE = 64  # tiles of kernels are cut down to what divides a block, but not further
 _MOST_KEPT = 64
@@ -190,7 +190,11 @@ def _states_by_reference(
 
 
 def _lists(states: Tensor) -> _Lists:
-    return *_listed(states), *_listed(states.transpose(-1, -2))
+    kv_counts, kv_entries = _listed(states)
+    q_counts, q_entries = _listed(states.transpose(-1, -2))
+    before = ((states > 0).cumsum(-1, dtype=torch.int32) - 1).transpose(-1, -2)
+    ranks = before.gather(-1, q_entries.long() // 2)
+    return kv_counts, kv_entries, q_counts, q_entries, ranks
 
 
 def _listed(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from triflash.masks import Blocks
     from triflash.target import Target
     from triflash.testing import Case, Record
 
@@ -105,8 +106,8 @@ def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--mask", metavar="WHERE:NAME",
-        help="a mask modification, of triflash.mods.mask_mod with reference=, in a module or a "
-        "file: package.module:name, file.py:name",
+        help="a mask modification, of triflash.mods.mask_mod with reference=, or a block mask, of "
+        "triflash.create_block_mask, in a module or a file: package.module:name, file.py:name",
     )  # fmt: skip
     what.add_argument(
         "--aux", nargs="+", type=_number, default=[], metavar="NUMBER", help="of --mask"
@@ -119,9 +120,7 @@ def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("the picture")
     for flag, meaning in (("--block-m", "queries"), ("--block-n", "keys")):
-        out.add_argument(
-            flag, type=count, default=64, metavar="N", help=f"{meaning} of a block (default: 64)"
-        )
+        out.add_argument(flag, type=count, metavar="N", help=f"{meaning} of a block (default: 64)")
     out.add_argument(
         "--output", metavar="FILE", help="write it as PNG (needs matplotlib) instead of as text"
     )
@@ -331,16 +330,10 @@ def mask(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("argument --aux: is for --mask, which is not given")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's modules are here, as for `python -m`
-    seqlen_q = args.seq_len or sum(args.document or [1024])
     try:
-        mask_mod = None if args.mask is None else masks.load(args.mask)
-        seen = masks.seen(
-            seqlen_q, args.seq_len_k or seqlen_q, causal=args.causal, window_size=args.window,
-            documents=args.document, mask_mod=mask_mod, aux=tuple(args.aux),
-        )  # fmt: skip
+        blocks = _blocks(args)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         parser.error(str(error))
-    blocks = masks.Blocks.of(seen, args.block_m, args.block_n)
     if args.output is not None:
         try:
             masks.save(blocks, args.output, _title(args))
@@ -353,6 +346,28 @@ def mask(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(masks.text(blocks, width))
     print(masks.summary(blocks))
     return 0
+
+
+def _blocks(args: argparse.Namespace) -> Blocks:
+    """What the flags describe, or the block mask that they name."""
+    from triflash import masks, mods
+
+    mask_mod = None if args.mask is None else masks.load(args.mask)
+    if isinstance(mask_mod, mods.BlockMask):
+        others = "causal window document aux seq_len seq_len_k block_m block_n"
+        for name in others.split():
+            if getattr(args, name):
+                raise ValueError(
+                    f"{args.mask} is a block mask, which has all but --output in itself, got "
+                    f"--{name.replace('_', '-')}"
+                )
+        return masks.Blocks.listed(mask_mod)
+    seqlen_q = args.seq_len or sum(args.document or [1024])
+    seen = masks.seen(
+        seqlen_q, args.seq_len_k or seqlen_q, causal=args.causal, window_size=args.window,
+        documents=args.document, mask_mod=mask_mod, aux=tuple(args.aux),
+    )  # fmt: skip
+    return masks.Blocks.of(seen, args.block_m or 64, args.block_n or 64)
 
 
 def _title(args: argparse.Namespace) -> str:

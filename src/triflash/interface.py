@@ -35,6 +35,7 @@ def attention(
     aux: tuple[Tensor | float, ...] = (),
     block_mask: mods.BlockMask | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     allow_tf32: bool = False,
@@ -66,6 +67,9 @@ def attention(
             skipped and full ones not masked. causal, window_size and mask_mod go there then.
         sinks: `(nheads,)`, float32 or q's dtype: a score more in the softmax of each row, of a key
             whose value is 0 (gpt-oss; flash-attn's learnable_sink). It has a gradient.
+        bias: `(batch, nheads, seqlen_q, seqlen_k)` or 1 for any of them, float32 or q's dtype, any
+            strides: added to the scores behind all modifications. -inf hides a key. It has a
+            gradient, summed where it is 1.
         return_lse: also return the log of the softmax denominators; its gradient flows.
         deterministic: refuse implementations whose gradients differ from run to run.
         allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
@@ -80,7 +84,7 @@ def attention(
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
     features, extras = mods.features_of(
-        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks, bias
     )  # fmt: skip
     causal = mods.causal_of(causal, block_mask)
     out, lse = _attention(

@@ -1,6 +1,7 @@
 """Which blocks of a mask are empty, partial or full, as numbers, as text and as a picture.
 
-What a query sees is asked of the oracle, `reference.seen`; `triflash mask` draws the result.
+What a query sees is asked of the oracle, `reference.seen`, or of a block mask, whose lists say what
+kernels will visit; `triflash mask` draws the result.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class Blocks:
     Attributes:
         states: int64 `(ceil(seqlen_q / block_m), ceil(seqlen_k / block_n))`, each one EMPTY,
             PARTIAL or FULL.
-        visible: how many pairs of query and key there are where the query sees the key.
+        visible: how many pairs of query and key there are where the query sees the key, or None:
+            a block mask does not know.
     """
 
     states: torch.Tensor
-    visible: int
+    visible: int | None
     seqlen_q: int
     seqlen_k: int
     block_m: int
@@ -58,14 +60,27 @@ class Blocks:
         seqlen_q, seqlen_k = seen.shape
         return cls(states, int(counts.sum()), seqlen_q, seqlen_k, block_m, block_n)
 
+    @classmethod
+    def listed(cls, block_mask: mods.BlockMask, batch: int = 0, head: int = 0) -> Blocks:
+        """The blocks as `block_mask` lists them, where those with keys past the end are not full.
+
+        Waits for the GPU.
+        """
+        states, of = block_mask.states()[batch, head].long().cpu(), block_mask.blocks
+        return cls(states, None, of.seqlen_q, of.seqlen_k, of.size_q, of.size_k)
+
     def count(self, state: int) -> int:
         """How many blocks are EMPTY, PARTIAL or FULL."""
         return int((self.states == state).sum())
 
     @property
-    def share(self) -> float:
-        """Of all pairs of query and key, those where the query sees the key."""
-        return self.visible / max(1, self.seqlen_q * self.seqlen_k)
+    def share(self) -> str:
+        """Of all pairs of query and key, those where the query sees the key; if they were not
+        counted, of all blocks those that are visited."""
+        if self.visible is None:
+            visited = 1 - self.count(EMPTY) / max(1, self.states.numel())
+            return f"{visited:.1%} of blocks visited"
+        return f"{self.visible / max(1, self.seqlen_q * self.seqlen_k):.1%} of pairs visible"
 
 
 def _sums(x: torch.Tensor, block_m: int, block_n: int) -> torch.Tensor:
@@ -147,13 +162,13 @@ def _seen(
     return shown.expand(shape)[0, 0]
 
 
-def load(where: str) -> mods.MaskMod:
-    """The mask modification at `package.module:name` or `file.py:name`, which is run.
+def load(where: str) -> mods.MaskMod | mods.BlockMask:
+    """The mask modification or block mask at `package.module:name` or `file.py:name`, which is run.
 
     Raises:
         ValueError: not of this form.
         ImportError: the module or file cannot be imported, or has no such name.
-        TypeError: it is no mask modification.
+        TypeError: it is neither.
     """
     place, _, name = where.rpartition(":")
     if not place or not name:
@@ -165,10 +180,10 @@ def load(where: str) -> mods.MaskMod:
     if not hasattr(module, name):
         raise ImportError(f"{place} has no {name}")
     mod = getattr(module, name)
-    if not isinstance(mod, mods.MaskMod):
+    if not isinstance(mod, mods.MaskMod | mods.BlockMask):
         raise TypeError(
             f"{where} must be a mask modification, triflash.mods.mask_mod(function, reference=...)"
-            f", got {type(mod).__name__}"
+            f", or from triflash.create_block_mask, got {type(mod).__name__}"
         )
     return mod
 
@@ -205,11 +220,12 @@ def summary(blocks: Blocks) -> str:
         f"{blocks.count(state)} {NAMES[state]} ({_SIGNS[state]})"
         for state in (EMPTY, PARTIAL, FULL)
     )
-    return (
-        f"{m} x {n} blocks of {blocks.block_m} queries and {blocks.block_n} keys: {counts}.\n"
-        f"{blocks.visible} of {blocks.seqlen_q * blocks.seqlen_k} pairs are visible: "
-        f"{blocks.share:.1%}."
-    )
+    sizes = f"{m} x {n} blocks of {blocks.block_m} queries and {blocks.block_n} keys: {counts}.\n"
+    if blocks.visible is None:
+        return f"{sizes}{blocks.share}."
+    pairs = blocks.seqlen_q * blocks.seqlen_k
+    share = blocks.visible / max(1, pairs)
+    return f"{sizes}{blocks.visible} of {pairs} pairs are visible: {share:.1%}."
 
 
 def save(blocks: Blocks, path: str | Path, title: str = "") -> None:
@@ -251,7 +267,7 @@ def save(blocks: Blocks, path: str | Path, title: str = "") -> None:
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small",
-        title=f"blocks of {blocks.block_m} x {blocks.block_n}; {blocks.share:.1%} of pairs visible",
+        title=f"blocks of {blocks.block_m} x {blocks.block_n}; {blocks.share}",
         title_fontsize="small",
     )  # fmt: skip
     description = {"Title": title, "Description": f"{text(blocks)}\n{summary(blocks)}"}

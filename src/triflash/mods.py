@@ -1,7 +1,7 @@
 """Score and mask modifications: small Triton functions that reach the kernels as they are.
 
-A user's function is as good as a built-in one; those are in kernels/common/mods.py, softcap and
-ALiBi, written as a user would write them. The signatures, all `@triton.jit`:
+A user's function is as good as a built-in one; those are in kernels/common/mods.py, softcap, ALiBi
+and bias, written as a user would write them. The signatures, all `@triton.jit`:
 
     score_mod   (score, b, h, q_idx, kv_idx, aux) -> score
     derivative  (dscore, score, b, h, q_idx, kv_idx, aux) -> dscore
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -52,11 +53,12 @@ class ScoreMod:
 
 @dataclass(frozen=True, eq=False)
 class MaskMod:
-    """A mask modification, as `mask_mod` makes it."""
+    """A mask modification, as `mask_mod` makes it; `parts` are those that it joins, if any."""
 
     key: str
     function: Any
     reference: Callable[..., Tensor] | None
+    parts: tuple[MaskMod, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,6 +74,7 @@ class BlockMask:
             2 * block, and 1 more if each of its queries sees each of its keys; behind them
             the empty ones.
         q_counts, q_entries: the same of the queries for each block of keys.
+        q_ranks: for each of q_entries how many blocks of keys its queries see before this one.
         versions: of the tensors of aux when the mask was made.
     """
 
@@ -84,6 +87,7 @@ class BlockMask:
     kv_entries: Tensor
     q_counts: Tensor
     q_entries: Tensor
+    q_ranks: Tensor
     versions: tuple[int, ...]
 
     @property
@@ -166,6 +170,64 @@ def mask_mod(function: Any, *, reference: Callable[..., Tensor] | None = None) -
     return mod
 
 
+def and_masks(*mask_mods: MaskMod) -> MaskMod:
+    """A mask modification that shows a key if all of these do, each of which gets the call's aux.
+
+    The same for the same modifications, so it may be called anywhere.
+
+    Raises:
+        TypeError: one is not from `mask_mod`.
+        ValueError: there is none, or two functions have one name.
+    """
+    return _joined("and", mask_mods)
+
+
+def or_masks(*mask_mods: MaskMod) -> MaskMod:
+    """The same of what shows a key if any of these does."""
+    return _joined("or", mask_mods)
+
+
+def _joined(how: str, mask_mods: tuple[MaskMod, ...]) -> MaskMod:
+    if not mask_mods:
+        raise ValueError(f"{how}_masks needs at least one mask modification, got none")
+    for i, mod in enumerate(mask_mods):
+        if not isinstance(mod, MaskMod):
+            raise TypeError(
+                f"argument {i} of {how}_masks must come from triflash.mods.mask_mod(function), got "
+                f"{_shown(mod)}"
+            )
+    first, *others = mask_mods
+    for other in others:
+        first = _joined_pair(how, first, other)
+    return first
+
+
+@cache
+def _joined_pair(how: str, first: MaskMod, second: MaskMod) -> MaskMod:
+    operation = {"and": operator.and_, "or": operator.or_}[how]
+    of_first, of_second = first.reference, second.reference
+    reference = None
+    if of_first is not None and of_second is not None:
+
+        def reference(*arguments: Any) -> Tensor:
+            return operation(of_first(*arguments), of_second(*arguments))
+
+    parts = tuple(dict.fromkeys((*(first.parts or (first,)), *(second.parts or (second,)))))
+    names = [f"{part.function.fn.__module__}.{name_of(part.function)}" for part in parts]
+    for name in names:
+        if names.count(name) > 1:  # Triton would take one for the other
+            raise ValueError(
+                f"{how}_masks cannot join two functions that are both called {name}: give them "
+                "names of their own"
+            )
+    # Lazily, because modifications exist without triton, though a function of it does not.
+    join = getattr(importlib.import_module("triflash.kernels.common.mods"), f"{how}_functions")
+    key = f"({first.key} {how} {second.key})"
+    mod = MaskMod(key, join(first.function, second.function, key), reference, parts)
+    _mods[key] = mod
+    return mod
+
+
 def get(key: str) -> Any:
     """The modification called `key` in the text of features."""
     if key in _BUILT_IN:
@@ -186,6 +248,7 @@ def features_of(
     aux: tuple[Any, ...] = (),
     block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
 
@@ -227,10 +290,13 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
-    if sinks is not None:
-        if not isinstance(sinks, torch.Tensor):
-            raise TypeError(f"sinks must be a torch.Tensor, got {type(sinks).__name__}")
-        tensors["sinks"] = sinks
+    for name, tensor in (("bias", bias), ("sinks", sinks)):
+        if tensor is not None:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            tensors[name] = tensor
+    if bias is not None:  # the last, so that -inf in it is no other one's input
+        scores.append(Mod("bias", ("bias",)))
     mask = None if mask_mod is None else Mod(mask_mod.key, bound)
     blocks = None
     if block_mask is not None:
@@ -296,7 +362,7 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     for mod in features.score_mods:
         names = ", ".join(a for a in mod.aux if a in wanted)
         if mod.key in _BUILT_IN:  # not loaded: Dynamo traces this
-            if names:
+            if names and mod.key != "bias":
                 raise NotImplementedError(f"{names} cannot have a gradient: detach it")
             continue
         if get(mod.key).derivative is None:
@@ -339,16 +405,16 @@ def block_sizes(features: Features) -> tuple[int | None, int | None]:
 
 
 def _lists(
-    features: Features, extras: tuple[Tensor, ...], names: tuple[str, ...]
+    features: Features, extras: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[Any, ...] | None:
-    if features.blocks is None:
+    blocks = features.blocks
+    if blocks is None:
         return None
     named = dict(zip(features.names, extras, strict=True))
-    counts, entries = (named[name] for name in names)
-    batch, nheads, rows, length = entries.shape
-    return (
-        counts, entries, nheads * rows if batch > 1 else 0, rows if nheads > 1 else 0, length,
-    )  # fmt: skip
+    counts, entries, *ranks = (named[name] for name in names)
+    *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
+    rows_b = blocks.nheads * rows if blocks.batch > 1 else 0
+    return counts, entries, rows_b, rows if blocks.nheads > 1 else 0, length, *ranks
 
 
 def for_backward(
@@ -369,8 +435,8 @@ def for_backward(
         if any(a in features.with_grad for a in mod.aux):
             floating = [a for a in mod.aux if isinstance(a, str) and named[a].is_floating_point()]
             for name in floating:
-                sums[name] = torch.zeros_like(named[name], dtype=torch.float32)
-            entry = (*entry, known.gradient, tuple(sums[name] for name in floating))
+                sums[name] = named[name].new_zeros(named[name].shape, dtype=torch.float32)
+            entry = (*entry, known.gradient, _values(replace(mod, aux=tuple(floating)), sums))
         scores.append(entry)
 
     def dextras(lse: Tensor, delta: Tensor) -> list[Tensor]:
@@ -422,7 +488,13 @@ def explained(features: Features) -> Iterator[None]:
 
 
 def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
-    return tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
+    values = tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
+    return (*values, *_strides(named["bias"])) if mod.key == "bias" else values
+
+
+def _strides(tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Each in a tuple, which is empty for dimensions of size 1, which stand for any size."""
+    return tuple((s,) if n > 1 else () for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def check_function(what: str, function: Any, parameters: str) -> None:
@@ -457,8 +529,14 @@ def alibi_reference(score: Tensor, b, h, q_idx, kv_idx, aux) -> Tensor:  # type:
     return score - slope.to(score.dtype) * (q_idx + seqlen_k - seqlen_q - kv_idx).abs()
 
 
+def bias_reference(score: Tensor, b, h, q_idx, kv_idx, aux) -> Tensor:  # type: ignore[no-untyped-def]
+    """kernels/common/mods.py `bias` in PyTorch; in base 2 the least numbers of float32 are -inf."""
+    score = score + aux[0].to(score.dtype)
+    return score.masked_fill(score < -2.3e38, float("-inf"))
+
+
 _mods: dict[str, ScoreMod | MaskMod] = {}
-_BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference}
+_BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference, "bias": bias_reference}
 
 
 @cache
@@ -468,9 +546,8 @@ def _built_in(key: str) -> ScoreMod:
     if importlib.util.find_spec("triton") is None:
         return ScoreMod(key, None, None, None, reference)
     module = importlib.import_module("triflash.kernels.common.mods")
-    return ScoreMod(
-        key, getattr(module, key), getattr(module, f"{key}_derivative"), None, reference
-    )
+    function, derivative = getattr(module, key), getattr(module, f"{key}_derivative")
+    return ScoreMod(key, function, derivative, getattr(module, f"{key}_gradient", None), reference)
 
 
 def _new_key(function: Any) -> str:

@@ -163,9 +163,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-2 in Triton: portable, two-pass deterministic backward",
         forward="triflash.kernels.v2.forward:forward",
         backward="triflash.kernels.v2.backward:backward",
-        features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
-        ),
+        features=frozenset(FEATURES),
         max_headdim=512,
         writes_gradients=True,
     ),

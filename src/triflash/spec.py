@@ -20,6 +20,7 @@ FEATURES = {
     "softcap": "capped scores (softcap)",
     "alibi": "ALiBi (alibi_slopes)",
     "score_mod": "score modifications (score_mod)",
+    "bias": "bias tensors (bias)",
     "mask_mod": "mask modifications (mask_mod)",
     "block_mask": "block masks (block_mask)",
     "sinks": "attention sinks (sinks)",
@@ -74,12 +75,14 @@ class Blocks:
         """Of the tensors called BLOCK_LISTS."""
         of_q, of_k = self.counts
         lead = (self.batch, self.nheads)
-        return (*lead, of_q), (*lead, of_q, of_k), (*lead, of_k), (*lead, of_k, of_q)
+        of_keys, of_queries = (*lead, of_q, of_k), (*lead, of_k, of_q)
+        return of_keys[:3], of_keys, of_queries[:3], of_queries, of_queries
 
 
 # int32: how many blocks of keys a block of queries sees, and which, rising, as block * 2 + full;
-# then how many blocks of queries see a block of keys, and which.
-BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries")
+# then how many blocks of queries see a block of keys, which, and each time how many of those that
+# they see come before it.
+BLOCK_LISTS = ("kv_counts", "kv_entries", "q_counts", "q_entries", "q_ranks")
 
 
 @dataclass(frozen=True)
@@ -493,7 +496,9 @@ def _check_extras(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
-        if not tensor.is_contiguous():
+        if name == "bias":
+            _check_bias(spec, tensor)
+        elif not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got strides {tuple(tensor.stride())} of shape "
                 f"{tuple(tensor.shape)}; call .contiguous() first"
@@ -527,6 +532,17 @@ def _check_extras(
                 )
 
 
+def _check_bias(spec: AttentionSpec, bias: torch.Tensor) -> None:
+    if bias.dtype not in (torch.float32, spec.dtype):
+        raise TypeError(f"bias must be float32 or of q's dtype {spec.dtype}, got {bias.dtype}")
+    sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
+    if bias.dim() != 4 or any(n not in (1, m) for n, m in zip(bias.shape, sizes, strict=True)):
+        raise ValueError(
+            "bias must have shape (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1), here "
+            f"each 1 or that of {sizes}, got {tuple(bias.shape)}"
+        )
+
+
 def make_varlen_spec(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -558,6 +574,10 @@ def make_varlen_spec(
                 f"{name} must be an int, got {type(longest).__name__}; reading a tensor would wait "
                 "for the GPU"
             )
+    if features.blocks is not None:
+        raise ValueError(
+            "block_mask is of padded tensors: packed sequences do not see each other without one"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(

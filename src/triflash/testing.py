@@ -52,6 +52,9 @@ class Case:
         block_size: of a block mask of causal, window_size and mask_mod, or None for no such thing.
         block_heads: the block mask is one for each batch entry and head.
         sinks: there are some, learnable, of this dtype; None for none.
+        bias: which of batch, nheads, seqlen_q and seqlen_k a learnable bias has, say "hqk"; the
+            others are 1. "" for none. "-" makes it hide keys, "expanded" and "float32" say what
+            else it is beside contiguous and of q's dtype.
     """
 
     batch: int = 2
@@ -77,6 +80,7 @@ class Case:
     block_size: tuple[int, int] | None = None
     block_heads: bool = False
     sinks: torch.dtype | None = None
+    bias: str = ""
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -123,6 +127,7 @@ class Case:
             "alibi_slopes": slopes,
             "score_mod": self.score_mod,
             "sinks": sinks,
+            "bias": self._bias(device) if self.bias else None,
         }
         if self.block_size is None:
             masks = {"window_size": self.window_size, "mask_mod": self.mask_mod}
@@ -135,6 +140,21 @@ class Case:
             block_size=self.block_size,
         )  # fmt: skip
         return {**scores, "aux": () if self.score_mod is None else aux, "block_mask": block_mask}
+
+    def _bias(self, device: torch.device) -> Tensor:
+        which, *words = self.bias.split()
+        sizes = (self.batch, self.nheads, self.seqlen_q, self.seqlen_k)
+        shape = [n if name in which else 1 for name, n in zip("bhqk", sizes, strict=True)]
+        values = torch.arange(math.prod(shape), device=device, dtype=torch.float32).view(shape)
+        bias = 3.0 * torch.sin(1.7 * values)
+        if "-" in words:
+            bias = bias.masked_fill(values % 3 == 1, float("-inf"))
+            if "q" in which:
+                bias[..., :1, :] = float("-inf")  # a row without keys
+        bias = bias.to(torch.float32 if "float32" in words else self.dtype)
+        if "expanded" in words:
+            bias = bias.expand(sizes)
+        return bias.requires_grad_()
 
     def __str__(self) -> str:
         headdim = f"{self.headdim}"
@@ -169,6 +189,8 @@ class Case:
             parts.append(f"blocks of {self.block_size[0]}x{self.block_size[1]}{of}")
         if self.sinks is not None:
             parts.append(f"{_short(self.sinks)} sinks")
+        if self.bias:
+            parts.append(f"bias {self.bias}")
         return " ".join(parts)
 
 
@@ -309,8 +331,9 @@ def run_case(
 def oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """What the inputs give in float64, by the reference."""
     extras = dict(inputs.extras)
-    if extras.get("sinks") is not None:
-        extras["sinks"] = extras["sinks"].detach().double().requires_grad_()
+    for name in ("sinks", "bias"):
+        if extras.get(name) is not None:
+            extras[name] = extras[name].detach().double().requires_grad_()
     wide = Inputs(
         inputs.q.double(),
         inputs.k.double(),
@@ -399,7 +422,7 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     lse = scores.logsumexp(dim=-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, True)
     products = q.abs() @ k.abs().transpose(-1, -2) * abs(spec.softmax_scale)
     # Modifications add to scores; a cap rounds like its largest value.
-    products = products + (modified - raw).detach().abs() + case.softcap
+    products = products + (modified - raw).detach().abs().nan_to_num(posinf=0.0) + case.softcap
     products = reference.with_sinks(products, spec, tensors).detach().abs()
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)

@@ -3,7 +3,9 @@
 BlockLists is `(counts, entries, rows_b, rows_h, length)`, or None. The list of a block is row
 batch * rows_b + head * rows_h + block, of which the first counts[row] of `length` entries count. An
 entry is 2 * a block on the other side, and 1 more if the block is full; they rise. Entries behind
-the count are the empty blocks as if they were partial, so to visit them is only a waste.
+the count are the empty blocks as if they were partial, so to visit them is only a waste. For lists
+of queries a tensor like entries stands behind `length`: how many blocks come before in the list
+that leads back.
 """
 
 import triton

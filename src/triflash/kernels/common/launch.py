@@ -137,9 +137,13 @@ def aligned(*tensors: Any) -> tuple[bool, ...]:
     return tuple(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
 
 
-def kinds(*tensors: Any) -> tuple[tuple[Any, bool], ...]:
-    """What Triton compiles anew for: dtypes, and which tensors start at a multiple of 16 bytes."""
-    return tuple((tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors)
+def kinds(*tensors: Any) -> tuple[tuple[Any, ...], ...]:
+    """What Triton compiles anew for: dtypes, which tensors start at a multiple of 16 bytes, and
+    strides where they are arguments."""
+    return tuple(
+        (x.dtype, x.data_ptr() % _ALIGNMENT == 0, x.stride(), tuple(n == 1 for n in x.shape))
+        for x in tensors
+    )
 
 
 def tma_can_read(*tensors: Any) -> bool:

@@ -7,6 +7,8 @@ gradient, grads)`; MaskMod is one `(function, aux)`. Either may be None. Tiles o
 in, so that any layout will do.
 """
 
+from types import FunctionType
+
 import triton
 import triton.language as tl
 
@@ -63,6 +65,32 @@ def shown(b, h, q_idx, kv_idx, seqlen_q, seqlen_k, MaskMod):
     return seen
 
 
+def and_functions(first, second, name):
+    """The mask modification that shows what both functions show."""
+
+    def both(b, h, q_idx, kv_idx, aux):
+        return first(b, h, q_idx, kv_idx, aux) & second(b, h, q_idx, kv_idx, aux)
+
+    return _joined(both, first, second, name)
+
+
+def or_functions(first, second, name):
+    """The mask modification that shows what one of the functions shows."""
+
+    def either(b, h, q_idx, kv_idx, aux):
+        return first(b, h, q_idx, kv_idx, aux) | second(b, h, q_idx, kv_idx, aux)
+
+    return _joined(either, first, second, name)
+
+
+def _joined(function, first, second, name):
+    # The interpreter runs a function's source, which finds nothing but globals.
+    its_globals = {**function.__globals__, "first": first, "second": second}
+    joined = FunctionType(function.__code__, its_globals, closure=function.__closure__)
+    joined.__qualname__ = name  # by which Triton tells functions of a kernel apart
+    return triton.jit(joined)
+
+
 @triton.jit
 def tanh(x):
     """By an exponential whose overflow gives 1."""
@@ -95,3 +123,41 @@ def alibi(score, b, h, q_idx, kv_idx, aux):
 def alibi_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
     """The bias is added."""
     return dscore
+
+
+@triton.jit
+def bias(score, b, h, q_idx, kv_idx, aux):
+    """A tensor added; aux: it, and four strides, each (stride,), or () where it has one entry."""
+    return score + tl.load(aux[0] + element(b, h, q_idx, kv_idx, aux)).to(tl.float32)
+
+
+@triton.jit
+def bias_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
+    """The bias is added."""
+    return dscore
+
+
+@triton.jit
+def bias_gradient(dscore, score, b, h, q_idx, kv_idx, aux, grads):
+    """Tiles [queries, keys] are summed along what they share before they meet in memory."""
+    tl.static_assert(kv_idx.shape[0] == 1)
+    if len(grads[3]) == 0:
+        dscore = tl.sum(dscore, 0, keep_dims=True)
+    if len(grads[4]) == 0:
+        dscore = tl.sum(dscore, 1, keep_dims=True)
+    tl.atomic_add(grads[0] + element(b, h, q_idx, kv_idx, grads), dscore, sem="relaxed")
+
+
+@triton.jit
+def element(b, h, q_idx, kv_idx, strided):
+    """Offsets in a tensor (batch, nheads, seqlen_q, seqlen_k), which its strides follow."""
+    offset = tl.zeros([1, 1], tl.int64)
+    if len(strided[1]) > 0:
+        offset = offset + b.to(tl.int64) * strided[1][0]
+    if len(strided[2]) > 0:
+        offset = offset + h.to(tl.int64) * strided[2][0]
+    if len(strided[3]) > 0:
+        offset = offset + q_idx.to(tl.int64) * strided[3][0]
+    if len(strided[4]) > 0:
+        offset = offset + kv_idx.to(tl.int64) * strided[4][0]
+    return offset

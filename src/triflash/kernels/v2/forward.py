@@ -130,7 +130,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuS
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
                 seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
                 s = tl.where(seen, s, float("-inf"))
-        m_i, p, alpha = softmax_step(s, m_i, scale_log2, MASKED or MaskMod is not None)
+        hides: tl.constexpr = MASKED or MaskMod is not None or ScoreMods is not None
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, hides)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
