@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triflash import mods, registry
 from triflash.kernels.common.launch import Launch
-from triflash.spec import Sequences, make_spec, make_varlen_spec
+from triflash.spec import PLAIN, Features, Sequences, make_spec, make_varlen_spec
 from triflash.target import Target
 from triflash.testing import Case
 
@@ -43,6 +43,7 @@ TARGETS = {
 }
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -123,15 +124,10 @@ def record_call(
     q = empty(batch, seqlen, nheads, headdim)
     k = empty(batch, seqlen_k, nheads_k, headdim)
     v = empty(batch, seqlen_k, nheads_k, headdim_v)
-    arguments = {}
+    features, extras = PLAIN, ()
     if feature is not None:
-        import test_mods  # here, so that its functions are what this process makes of them
-
-        fields = {**test_mods.FEATURED[feature], "causal": causal}
-        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, dtype=dtype, **fields)
-        arguments = of.extras(torch.device("meta"))
-    features, extras = mods.features_of(**arguments)
-    features = replace(features, with_grad=mods.differentiable(features, extras))
+        of = Case(batch, seqlen, seqlen_k, nheads, nheads_k, headdim, dtype=dtype, causal=causal)
+        features, extras = features_for(of, feature)
     options = (softmax_scale, causal, False, allow_tf32, True, features, extras)
     keywords = {}
     if packed:
@@ -154,6 +150,15 @@ def record_call(
     return launches
 
 
+def features_for(case: Case, feature: str) -> tuple[Features, tuple[torch.Tensor, ...]]:
+    """The features of the case with those of `test_mods.FEATURED`, but for causal."""
+    import test_mods  # here, so that its functions are what this process makes of them
+
+    case = replace(case, **{**test_mods.FEATURED[feature], "causal": case.causal})
+    features, extras = mods.features_of(**case.extras(torch.device("meta")))
+    return replace(features, with_grad=mods.differentiable(features, extras)), extras
+
+
 def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
     """Compile as Triton would at this launch; raises what Triton raises."""
     kernel = launch.kernel
@@ -171,6 +176,9 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
         if value is None or isinstance(value, JITFunction) or one:
             constants[path] = value
             return "constexpr"
+        if hasattr(value, "layout") and hasattr(value, "block_shape"):  # Gluon's descriptor
+            element = _TYPES[value.base.dtype]
+            return f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
         if isinstance(value, TensorDescriptor):
             shape = ",".join(map(str, value.block_shape))
             return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
@@ -191,8 +199,11 @@ def compile_launch(launch: RecordedLaunch, target: GPUTarget) -> Compiled:
         else:
             flags = (param.do_not_specialize, param.do_not_specialize_on_alignment)
             signature[param.name] = describe(value, (i,), *(not flag for flag in flags))
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    source_of = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=target, options=options)
     result = Compiled(kernel.__name__, launch.config, compiled.metadata.shared, asm=compiled.asm)
     result.overwritten = overwritten_too_early(compiled.asm["ttgir"], launch.config.num_stages)

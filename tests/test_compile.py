@@ -177,7 +177,8 @@ FEATURED_CALLS = {
     "fp32-64": {"dtype": FP32, "headdim": 64},
 }
 COMPILED_FEATURES = (
-    "both", "softcap", "alibi", "documents", "learned bias", "sinks", "bias", "bias of keys",
+    "both", "softcap", "alibi", "documents", "blocks", "learned bias", "sinks", "bias",
+    "bias of keys", "dropout",
 )  # fmt: skip
 # ALiBi is faster with tiles that spill (docs/perf-log.md), here bytes a thread.
 FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}

@@ -89,17 +89,26 @@ FEATURED = {
     "bias of keys": {"bias": "bk -", "window_size": (30, 30)},
     "bias of queries": {"bias": "q float32", "alibi": "heads"},
     "bias expanded": {"bias": "hqk - expanded", "sinks": FLOAT},
+    "dropout": {"dropout_p": 0.1},
+    "dropout, causal": {"dropout_p": 0.5, "causal": True, "bias": "hqk -"},
+    "dropout, softcap": {"dropout_p": 0.3, "softcap": 3.0, "window_size": (20, 9)},
+    "dropout, sinks": {"dropout_p": 0.3, "sinks": FLOAT, "mask_mod": DOCUMENT, "make_aux": ids},
     "sinks": {"sinks": FLOAT},
     "sinks, causal": {"sinks": torch.float16, "causal": True},
     "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
     "sinks, learned bias": {"sinks": FLOAT, "score_mod": RELATIVE, "make_aux": table},
-    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 128)},
+    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
     "blocks, causal": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 64), "block_heads": True,
         "causal": True,
     },
     "blocks, sinks": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 64), "sinks": FLOAT,
+    },
+    "large blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
+    "larger blocks, alibi": {
+        "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (256, 256), "block_heads": True,
+        "alibi": "heads", "causal": True,
     },
 }  # fmt: skip
 BIASES = (
@@ -112,15 +121,17 @@ LENGTHS = [(70, 70), (40, 90), (90, 40)] if not GPU else [(1000, 1000), (300, 70
 @st.composite
 def featured_cases(draw: st.DrawFn) -> Case:
     """Any features that can meet, in any call."""
-    seqlen_k = draw(st.integers(1, 900 if GPU else 70))
-    side = st.one_of(st.none(), st.integers(0, 2 * seqlen_k))
-    nheads_k = draw(st.integers(1, 2))
     masks = draw(st.booleans())
     learned = not masks and draw(st.booleans())
+    block_size = draw(st.sampled_from([None, (64, 64), (64, 128), (192, 64)])) if masks else None
+    longest = 900 if GPU else 140 if block_size else 70
+    seqlen_k = draw(st.integers(1, longest))
+    side = st.one_of(st.none(), st.integers(0, 2 * seqlen_k))
+    nheads_k = draw(st.integers(1, 2))
     dtype = draw(st.sampled_from(KERNEL_DTYPES))
     return Case(
         batch=draw(st.integers(1, 2)),
-        seqlen_q=draw(st.integers(1, 900 if GPU else 70)),
+        seqlen_q=draw(st.integers(1, longest)),
         seqlen_k=seqlen_k,
         nheads=nheads_k * draw(st.integers(1, 2)),
         nheads_k=nheads_k,
@@ -137,8 +148,11 @@ def featured_cases(draw: st.DrawFn) -> Case:
         mask_mod=DOCUMENT if masks else None,
         score_mod=RELATIVE if learned else None,
         make_aux=ids if masks else table if learned else None,
+        block_size=block_size,
+        block_heads=draw(st.booleans()),
         sinks=draw(st.sampled_from([None, FLOAT, dtype])),
         bias=draw(st.sampled_from(["", "", *BIASES])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.93])),
     )
 
 

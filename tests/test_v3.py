@@ -12,16 +12,19 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import aot
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import unexplained_races
 
-from triflash import attention, registry
-from triflash.spec import make_spec
+from triflash import attention, mods, registry
+from triflash.spec import FEATURES, PLAIN, Blocks, Features, make_spec
 from triflash.target import Target, target_of
 from triflash.testing import Case, make_inputs
 
@@ -51,6 +54,27 @@ CALLS = {
     "bf16-256-causal": {"headdim": 256, "causal": True},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "fp16-40-negative-scale": {"dtype": FP16, "headdim": 40, "softmax_scale": -0.5},
+    "bf16-64-causal-left": {"headdim": 64, "causal": True, "feature": "left"},
+    "bf16-64-causal-softcap": {"headdim": 64, "causal": True, "feature": "softcap"},
+    "bf16-64-documents": {"headdim": 64, "feature": "documents"},
+    "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
+    "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
+    "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
+    "fp16-128-causal-alibi": {"dtype": FP16, "headdim": 128, "causal": True, "feature": "alibi"},
+    "bf16-128-softcap, alibi, window": {"headdim": 128, "feature": "softcap, alibi, window"},
+    "bf16-128-causal-learned bias": {"headdim": 128, "causal": True, "feature": "learned bias"},
+    "bf16-128-causal-documents": {"headdim": 128, "causal": True, "feature": "documents"},
+    "bf16-128-causal-sinks": {"headdim": 128, "causal": True, "feature": "sinks"},
+    "bf16-64-causal-blocks": {"headdim": 64, "causal": True, "feature": "large blocks"},
+    "bf16-128-blocks-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "large blocks"},
+    "bf16-128-blocks of 256": {
+        "headdim": 128,
+        "causal": True,
+        "seqlen_k": 900,
+        "feature": "larger blocks, alibi",
+    },
+    "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
+    "bf16-256-causal-documents": {"headdim": 256, "causal": True, "feature": "documents"},
 }
 
 
@@ -105,8 +129,9 @@ def launches_of(
     softmax_scale: float | None = None,
     dlse: bool = False,
     deterministic: bool = False,
+    feature: str | None = None,
 ) -> list:
-    """The launches of v3's forward, or of its backward."""
+    """The launches of v3's forward, or of its backward; `feature` is one of test_mods.FEATURED."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(2, *shape, dtype=dtype, device="meta")
@@ -114,10 +139,15 @@ def launches_of(
     q = empty(seqlen, 4, headdim)
     k = empty(seqlen_k or seqlen, nheads_k, headdim)
     v = empty(seqlen_k or seqlen, nheads_k, headdim_v or headdim)
-    spec = make_spec(q, k, v, softmax_scale, causal, deterministic, False)
+    features, extras = PLAIN, ()
+    if feature is not None:
+        of = Case(2, seqlen, seqlen_k or seqlen, 4, nheads_k, headdim, causal=causal)
+        features, extras = aot.features_for(of, feature)
+    options = (softmax_scale, causal, deterministic, False, True)
+    spec = make_spec(q, k, v, *options, features, extras)
     row = registry.get("v3")
     with aot.recorded(target, row) as launches:
-        out, lse, saved = row.load_forward()(q, k, v, spec)
+        out, lse, saved = row.load_forward()(q, k, v, spec, extras)
         if backward:
             launches.clear()
             gradient = torch.empty_like(lse) if dlse else None
@@ -128,30 +158,11 @@ def launches_of(
 
 def compile_v3(call: dict, backward: bool = False) -> dict:
     """What the tests ask of the compiled kernel of `call`; runs in its own process."""
-    import triton
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     gpu, target, _ = aot.TARGETS["sm_90"]
     launches = launches_of(target, backward, **call)
     [launch] = [x for x in launches if x.kernel.is_gluon()]
     around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
-    signature, constants, attrs = {}, {}, {}
-    values = (*launch.args, *launch.constexprs)
-    for i, (param, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            element = {FP16: "fp16", BF16: "bf16", torch.float32: "fp32"}[value.base.dtype]
-            signature[param.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = {torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-    source = GluonASTSource(launch.kernel, signature, constants, attrs)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.config.num_warps})
+    compiled = aot.compile_launch(launch, gpu)
     with tempfile.TemporaryDirectory() as folder:
         # Triton keeps ptxas's warnings to itself.
         ptx = Path(folder, "kernel.ptx")
@@ -165,7 +176,7 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
     code = aot.sass(compiled.asm["cubin"])
     q, k, v = (tensor.block_shape for tensor in launch.args[:3])
     return {
-        "shared": compiled.metadata.shared,
+        "shared": compiled.shared,
         "log": log,
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
@@ -206,16 +217,43 @@ def loops(code: str) -> list[str]:
     return list(found.values())
 
 
+@triton.jit
+def first_half(b, h, q_idx, kv_idx, aux):
+    return kv_idx < tl.full([1, 1], 512, tl.int32)
+
+
+def error_of_a_tile() -> str:
+    """What a mask modification that makes a tile is told."""
+    import test_mods
+
+    test_mods.FEATURED["a tile"] = {"mask_mod": mods.mask_mod(first_half)}
+    features, _ = aot.features_for(Case(), "a tile")
+    with pytest.raises(TypeError) as caught, mods.explained(features):
+        compile_v3({"feature": "a tile"})
+    return str(caught.value)
+
+
 @pytest.fixture(scope="module")
-def compiler():
+def compiling():
+    """Calls a function in a process where Triton's interpreter is off."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-        def compile_call(call: dict, backward: bool = False) -> dict:
-            # Spawned at the first call, so that it imports Triton anew, with its interpreter off.
+        def call(function, *arguments):
+            # Spawned at the first call, so that it imports Triton anew.
             with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-                return pool.submit(compile_v3, call, backward).result()
+                return pool.submit(function, *arguments).result()
 
-        yield compile_call
+        yield call
+
+
+@pytest.fixture
+def compiler(compiling):
+    return lambda call, backward=False: compiling(compile_v3, call, backward)
+
+
+def test_functions_that_make_tiles_are_refused(compiling):
+    message = compiling(error_of_a_tile)
+    assert all(word in message for word in ("first_half", "tl.full", 'implementation="v2"'))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -225,9 +263,11 @@ def test_machine_code(call, compiler):
     # "wgmma serialized": correct, and much slower.
     assert "C7512" not in kernel["log"], kernel["log"]
     assert "serialized" not in kernel["log"], kernel["log"]
-    assert " 0 bytes spill stores, 0 bytes spill loads" in kernel["log"], kernel["log"]
-    assert kernel["stack"] == 0
-    assert kernel["local"] == 0
+    # Above 128, users' functions are short of a few registers.
+    few = 4 if CALLS[call]["headdim"] > 128 and "documents" in call else 0
+    assert max(kernel["local_in_loops"]) <= few, kernel["local_in_loops"]
+    assert kernel["stack"] <= 4 * few
+    assert kernel["local"] <= 4 * few
     assert kernel["hgmma"] == kernel["hgmma_expected"]
     assert kernel["registers_move"]
 
@@ -275,6 +315,16 @@ def test_refusals_say_why(change, words):
     supported = torch.empty(1, 8, 2, 64, dtype=BF16, device="meta")
     spec = make_spec(supported, supported, supported, None, False, False, False)
     assert registry.get("v3").supports(spec, Target("cuda", "sm_90", 132)) is None
+
+
+def test_small_blocks_of_a_block_mask_are_refused():
+    row = replace(registry.get("v3"), features=frozenset(FEATURES))
+    for size_q, size_k, refused in ((64, 128, True), (128, 192, True), (256, 128, False)):
+        blocks = Blocks(size_q, size_k, 1, 1, 128, 128)
+        spec = replace(Case(dtype=BF16).spec(), features=Features(blocks=blocks))
+        reason = row.supports(spec, HOPPER)
+        assert (reason is not None) == refused
+        assert reason is None or f"multiples of 128, not {size_q} x {size_k}" in reason
 
 
 def test_an_old_triton_is_refused(monkeypatch):
@@ -401,6 +451,12 @@ def test_no_keys():
     assert lse.shape == (2, 2, 8)
     assert (lse == float("-inf")).all()
     assert saved == []
+    sinks = torch.tensor([1.0, -2.0])
+    features, extras = mods.features_of(sinks=sinks)
+    spec = make_spec(q, k, k, None, False, False, False, True, features, extras)
+    out, lse, _ = forward(q, k, k, spec, extras)
+    assert not out.any()
+    assert torch.equal(lse, sinks[:, None].expand(2, 2, 8))
 
 
 def test_no_keys_gives_zero_gradients():
@@ -448,6 +504,30 @@ def test_hooks_of_launches_are_called(hook, monkeypatch):
     tensor = torch.zeros(1)
     launch(tensor)
     assert ran == [(tensor,)]
+
+
+def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(monkeypatch):
+    from types import SimpleNamespace
+
+    from triflash.kernels.common import launch as module
+
+    q, lse, slopes = torch.zeros(1), torch.zeros(1), torch.zeros(2)
+    launch = module.Launch(
+        None, 1, (2.0,), (7,), None, (lambda x: ("described", x),),
+        lambda lse, slopes: (lse, (("function", (slopes, 0)),), None),
+    )  # fmt: skip
+    ran = []
+    launch._launcher = module._Launcher(
+        lambda *arguments: ran.append(arguments), (), lambda view, _: [view], [None]
+    )
+    stream = SimpleNamespace(get_current_stream=lambda _: 5, get_current_device=lambda: 0)
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
+    for tensors in ((q, lse, slopes), (q, lse, slopes), (q, lse, slopes.clone())):
+        launch(*tensors)
+        at = tensors[-1].data_ptr()
+        behind = (lse.data_ptr(), (("function", (at, 0)),), None, 2.0, 7)
+        assert ran[-1] == (1, 1, 1, 5, ("described", q), *behind)
+    assert len(launch._bound) == 2
 
 
 @pytest.mark.gpu

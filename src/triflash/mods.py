@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from triflash.dropout import checked
 from triflash.spec import (
     BLOCK_LISTS,
     PLAIN,
@@ -228,10 +229,13 @@ def _joined_pair(how: str, first: MaskMod, second: MaskMod) -> MaskMod:
     return mod
 
 
-def get(key: str) -> Any:
-    """The modification called `key` in the text of features."""
+def get(key: str, approximate: bool = False) -> Any:
+    """The modification called `key` in the text of features.
+
+    approximate: built-in ones may be off by what half precision is.
+    """
     if key in _BUILT_IN:
-        return _built_in(key)
+        return _built_in(key, approximate)
     if key not in _mods:
         raise ValueError(
             f"no modification is called {key!r} here; make it with triflash.mods before"
@@ -249,8 +253,12 @@ def features_of(
     block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
+
+    dropout_seed is that of `dropout.seed_for`, if dropout_p is not 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -290,7 +298,11 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
-    for name, tensor in (("bias", bias), ("sinks", sinks)):
+    dropout_p = checked(dropout_p)
+    if dropout_p == 0.0:
+        dropout_seed = None
+    named = (("bias", bias), ("dropout_seed", dropout_seed), ("sinks", sinks))
+    for name, tensor in named:
         if tensor is not None:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -305,9 +317,12 @@ def features_of(
         mask = Mod(block_mask.mask_mod.key, _bind(block_mask.aux, tensors, "mask_aux"))
         blocks = block_mask.blocks
         tensors.update((name, getattr(block_mask, name)) for name in BLOCK_LISTS)
-    if left is None and right is None and not scores and mask is None and sinks is None:
+    plain = left is None and right is None and not scores and mask is None
+    if plain and sinks is None and dropout_p == 0.0:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask, sinks is not None, blocks=blocks)
+    features = Features(
+        left, right, tuple(scores), mask, sinks is not None, blocks=blocks, dropout_p=dropout_p
+    )
     return features, tuple(tensors[name] for name in features.names)
 
 
@@ -378,22 +393,36 @@ def differentiable(features: Features, extras: tuple[Tensor, ...]) -> tuple[str,
     return wanted
 
 
-def for_forward(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py."""
+def for_forward(
+    features: Features, extras: tuple[Any, ...], approximate: bool = False
+) -> tuple[Any, Any]:
+    """What kernels take as ScoreMods and MaskMod in a forward; see kernels/common/mods.py.
+
+    approximate: of NVIDIA GPUs in half precision, which then take their own instructions.
+    """
     if not features.mods:
         return None, None
     named = features.named(extras)
-    scores = tuple((get(m.key).function, _values(m, named)) for m in features.score_mods)
+    scores = tuple(
+        (get(m.key, approximate).function, _values(m, named)) for m in features.score_mods
+    )
     mask = features.mask_mod
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
-def key_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    """What kernels take as Dropout; see kernels/common/dropout.py."""
+    if features.dropout_p == 0.0:
+        return None
+    return features.named(extras)["dropout_seed"], features.dropout_p
+
+
+def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
     return _lists(features, extras, BLOCK_LISTS[:2])
 
 
-def query_lists(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+def query_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same for kernels that own keys."""
     return _lists(features, extras, BLOCK_LISTS[2:])
 
@@ -410,7 +439,7 @@ def _lists(
     blocks = features.blocks
     if blocks is None:
         return None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     counts, entries, *ranks = (named[name] for name in names)
     *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
     rows_b = blocks.nheads * rows if blocks.batch > 1 else 0
@@ -483,11 +512,17 @@ def explained(features: Features) -> Iterator[None]:
                 if found:
                     keys = [mod.key for mod in mods if mod and mod.key not in _BUILT_IN]
                     raise TypeError(f"{', '.join(keys)}: {found[0].strip()}") from error
+            if re.search(r"GluonSemantic.*'layout'", str(cause)):
+                keys = [mod.key for mod in features.mods if mod.key not in _BUILT_IN]
+                raise TypeError(
+                    f"{', '.join(keys)}: v3 cannot compile tl.arange, tl.full or tl.zeros in it; "
+                    'compute from the indices, or call with implementation="v2"'
+                ) from error
             cause = cause.__cause__ or cause.__context__
         raise
 
 
-def _values(mod: Mod, named: dict[str, Tensor]) -> tuple[Any, ...]:
+def _values(mod: Mod, named: dict[str, Any]) -> tuple[Any, ...]:
     values = tuple(named[a] if isinstance(a, str) else a for a in mod.aux)
     return (*values, *_strides(named["bias"])) if mod.key == "bias" else values
 
@@ -540,13 +575,16 @@ _BUILT_IN = {"softcap": softcap_reference, "alibi": alibi_reference, "bias": bia
 
 
 @cache
-def _built_in(key: str) -> ScoreMod:
+def _built_in(key: str, approximate: bool) -> ScoreMod:
     """Lazily, because kernels need triton, which need not be installed for the reference."""
     reference = _BUILT_IN[key]
     if importlib.util.find_spec("triton") is None:
         return ScoreMod(key, None, None, None, reference)
     module = importlib.import_module("triflash.kernels.common.mods")
-    function, derivative = getattr(module, key), getattr(module, f"{key}_derivative")
+    function, derivative = (
+        getattr(module, f"approximate_{name}" if approximate else name, getattr(module, name))
+        for name in (key, f"{key}_derivative")
+    )
     return ScoreMod(key, function, derivative, getattr(module, f"{key}_gradient", None), reference)
 
 

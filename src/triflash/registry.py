@@ -40,6 +40,7 @@ class Implementation:
         archs: the only architectures it runs on, () for any; Triton's interpreter is none of them.
         triton: the oldest (major, minor) of Triton that has what the kernels use, None for any.
         headdim_multiple: what head dimensions must be a multiple of.
+        block_multiple: what the sizes of a block mask's blocks must be a multiple of.
         needs_tma: q, k and v must lie as TMA reads them, see AttentionSpec.tma.
         pays: "module:function", `(spec, target) -> bool`: whether "auto" takes the row where it can
             run; None for always.
@@ -63,6 +64,7 @@ class Implementation:
     archs: tuple[str, ...] = ()
     triton: tuple[int, int] | None = None
     headdim_multiple: int = 1
+    block_multiple: int = 64
     needs_tma: bool = False
     pays: str | None = None
     extra: str | None = None
@@ -85,13 +87,18 @@ class Implementation:
                 f"{self.name} refuses deterministic=True with a gradient of "
                 f"{', '.join(spec.features.scattered)}, to which programs add in any order."
             )
-        headdim = max(spec.headdim, spec.headdim_v)
+        headdim, blocks = max(spec.headdim, spec.headdim_v), spec.features.blocks
         if self.max_headdim is not None and headdim > self.max_headdim:
             return f"{self.name} takes head dimensions up to {self.max_headdim}, not {headdim}."
         if spec.headdim % self.headdim_multiple or spec.headdim_v % self.headdim_multiple:
             return (
                 f"{self.name} takes head dimensions that are multiples of {self.headdim_multiple}, "
                 f"not {spec.headdim} and {spec.headdim_v}."
+            )
+        if blocks is not None and (blocks.size_q | blocks.size_k) % self.block_multiple:
+            return (
+                f"{self.name} takes a block mask with blocks of multiples of {self.block_multiple},"
+                f" not {blocks.size_q} x {blocks.size_k}."
             )
         if spec.deterministic and not (self.deterministic or self.obeys_deterministic):
             return (
@@ -155,6 +162,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         archs=("sm_90",),
         triton=(3, 6),  # Gluon
         headdim_multiple=8,  # rows of 16 bytes, for TMA
+        block_multiple=128,  # two warpgroups of 64 queries, or of 64 keys
         needs_tma=True,
         pays="triflash.tuning:v3_pays",
     ),

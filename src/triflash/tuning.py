@@ -43,6 +43,7 @@ class HopperConfig:
         hold: p v overlaps all of the softmax, not only its maximum.
         turns: warpgroups issue their products one after the other.
         q_in_registers: q comes from registers, its first part at least.
+        half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
@@ -59,6 +60,7 @@ class HopperConfig:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool = False
     alias: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -153,7 +155,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if spec.dtype == torch.float32:
         beside = _modifies(spec) or spec.features.sinks
         if beside and d <= 64 and dot_precision(spec, target) == "ieee":
-            return TileConfig(32, 64, 8, 2)  # 64 queries spill
+            return TileConfig(32, 32 if spec.features.dropout_p else 64, 8, 2)  # more spills
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
@@ -284,14 +286,24 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages_q = 2
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
+        if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
+            consumers, block_n, most = 3, 64, 6
+        if spec.features.blocks is not None:  # which have 128 queries, or a multiple
+            consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
         # Measured: full 595 and 612 against 506 and 516 with 64 keys a step and 4 stages.
-        consumers, block_n, most = 2, 128, 3
+        # 128 leave no registers for what score modifications load, which may be as large as the
+        # scores, nor for them beside a mask's modification or masks on both sides.
+        masks = spec.features.mask_mod is not None or _masks_both_sides(spec)
+        tight = _loads_scores(spec) or (_modifies(spec) and masks)
+        consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
         alias = widths == widths_v == (256,)
         consumers, block_n, most = 2, 64, 2 if alias else 3
+    if spec.features.blocks is not None:
+        block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
     free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
@@ -302,7 +314,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         stages_q,
         consumers,
-        dynamic=spec.causal,
+        dynamic=spec.causal or spec.features.blocks is not None,
         section=section,
         widths=widths,
         widths_v=widths_v,
@@ -312,8 +324,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2,
+        # with d256 causal at 16384: no difference; full 716 against 683. Modifications need them.
+        q_in_registers=consumers == 2 and not spec.features.mods,
         alias=alias,
     )
 
@@ -620,11 +632,17 @@ def _vectorises(spec: AttentionSpec) -> bool:
 
 def _loads_modifications(spec: AttentionSpec) -> bool:
     """Whether functions of users load from tensors; what they load for a tile, Triton may keep in
-    shared memory, once for each stage."""
+    shared memory, once for each stage. A block mask loads in few blocks, outside of the stages."""
+    features = spec.features
     return any(
         any(isinstance(a, str) for a in mod.aux) and mod.key != "alibi"
-        for mod in spec.features.mods
+        for mod in (features.mods if features.blocks is None else features.score_mods)
     )
+
+
+def _loads_scores(spec: AttentionSpec) -> bool:
+    """Whether users' score modifications load from tensors."""
+    return _loads_modifications(replace(spec, features=replace(spec.features, mask_mod=None)))
 
 
 def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
@@ -658,8 +676,8 @@ def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 def _modifies(spec: AttentionSpec) -> bool:
-    """Whether scores are modified: a backward then holds them beside p and ds."""
-    return bool(spec.features.score_mods)
+    """Whether scores are modified or weights dropped, which a kernel then holds beside others."""
+    return bool(spec.features.score_mods) or spec.features.dropout_p > 0.0
 
 
 def _fills_tiles(spec: AttentionSpec) -> bool:

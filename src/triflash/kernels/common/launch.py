@@ -25,6 +25,8 @@ class Launch:
         programs: size of the one-dimensional grid.
         config: has `num_warps` and `num_stages`.
         views: the first tensors reach the kernel as the TMA descriptors that these make of them.
+        arrange: makes the kernel's arguments behind those of the other tensors, or of what stands
+            for them: their addresses.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Launch:
         constexprs: tuple[Any, ...],
         config: Any,
         views: tuple[Callable[[Any], Any], ...] = (),
+        arrange: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
@@ -42,10 +45,16 @@ class Launch:
         self.constexprs = constexprs
         self.config = config
         self.views = views
+        self.arrange = arrange or _as_they_are
         self._values = (*scalars, *constexprs)
         self._run: Any = None
         self._launcher: _Launcher | None = None
         self._bound: dict[tuple[int, ...], list[Any]] = {}
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the next call only runs the kernel."""
+        return self._run is not None
 
     def __call__(self, *tensors: Any) -> None:
         """Run on the current device and stream."""
@@ -73,7 +82,7 @@ class Launch:
         """What the kernel is called with for these tensors."""
         count = len(self.views)
         described = [view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
-        return [*described, *tensors[count:], *self._values]
+        return [*described, *self.arrange(*tensors[count:]), *self._values]
 
     def _bind(self, addresses: tuple[int, ...], tensors: tuple[Any, ...]) -> list[Any]:
         """The launcher's arguments for tensors at these addresses, kept for the next such call.
@@ -82,15 +91,20 @@ class Launch:
         """
         assert self._launcher is not None
         bound: list[Any] = []
-        rest = addresses[len(self.views) :]
-        descriptors = zip(self.arguments(tensors), self._launcher.descriptors, strict=False)
-        for descriptor, metadata in descriptors:
-            bound.extend(self._launcher.encode(descriptor, metadata))
-        bound.extend((*rest, *self._values))
+        count = len(self.views)
+        for view, x, metadata in zip(
+            self.views, tensors[:count], self._launcher.descriptors, strict=True
+        ):
+            bound.extend(self._launcher.encode(view(x), metadata))
+        bound.extend((*self.arrange(*addresses[count:]), *self._values))
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
         self._bound[addresses] = bound
         return bound
+
+
+def _as_they_are(*tensors: Any) -> tuple[Any, ...]:
+    return tensors
 
 
 class _Launcher(NamedTuple):

@@ -10,8 +10,10 @@ once; k and v once for each tile of queries, mostly from L2.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -26,9 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.runtime import driver
 
-from triflash import tuning
-from triflash.kernels.common.launch import Launch, strides_of
-from triflash.kernels.common.mask import key_range, visible
+from triflash import mods, tuning
+from triflash.kernels.common.blocks import block_list, visited
+from triflash.kernels.common.launch import Launch, kinds, strides_of
+from triflash.kernels.common.mask import key_begin, key_range, visible
+from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.v3.tma import (
     async_load,
@@ -40,7 +44,7 @@ from triflash.kernels.v3.tma import (
     tile,
     view,
 )
-from triflash.spec import AttentionSpec
+from triflash.spec import AttentionSpec, Features
 from triflash.target import Target, target_of
 
 
@@ -57,12 +61,15 @@ class Schedule:
     hold: bool
     turns: bool
     q_in_registers: bool
+    half_q: bool
     alias: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     scale_sign: int  # of softmax_scale: -1, 0 or 1
+    size_q: int | None  # of the blocks of a block mask
+    size_k: int | None
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -88,18 +95,34 @@ def locate(index, tiles_m, nheads, heads, section, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def blocks_of(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              CAUSAL: gl.constexpr):  # fmt: skip
-    """Blocks of keys for queries [start_m, start_m + BLOCK_M), as (unmasked, all); all >= 1.
+def blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    """Blocks of keys for queries [start_m, start_m + BLOCK_M), as (begin, inner, full, end).
 
-    Queries that see no key go through one block that is hidden from them.
+    Those of [begin, end) are visited, begin < end; those of [inner, full) need no mask. Queries
+    that see no key go through one block that is hidden from them.
     """
-    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL)
-    return full // BLOCK_N, gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+    full, end = key_range(start_m, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CAUSAL, window_right)
+    full = full // BLOCK_N
+    end = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+    begin, inner = 0, 0
+    if window_left is not None:
+        begin, inner = key_begin(start_m, seqlen_q, seqlen_k, window_left, BLOCK_M, BLOCK_N)
+        begin = gl.minimum(begin // BLOCK_N, end - 1)
+        inner = inner // BLOCK_N
+    return begin, inner, full, end
 
 
 @gluon.jit
-def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
+def listed(BlockLists, batch, head, start_m, C: gl.constexpr):
+    """How many blocks of keys are listed for a tile of queries, at least 1, and their list."""
+    count, entries = block_list(BlockLists, batch, head, start_m // C.size_q)
+    return gl.maximum(count * (C.size_k // C.block_n), 1), entries
+
+
+@gluon.jit
+def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_right,
+             C: gl.constexpr):  # fmt: skip
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -117,12 +140,20 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
         tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
         head_k = head // group_size
         start_m = tile_m * (ROWS * CONSUMERS)
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
+        begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                     ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
+        if BlockLists is not None:
+            begin = 0
+            end, entries = listed(BlockLists, batch, head, start_m, C)
+        blocks = end - begin
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                fill(K, batch, head_k, (blocks - 1 - i) * BLOCK_N, k_full.index(n % STAGES_K),
-                     k_smem, n % STAGES_K, C.parts)  # fmt: skip
+                row = (end - 1 - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _partial = visited(entries, row, C.size_k)
+                fill(K, batch, head_k, row, k_full.index(n % STAGES_K), k_smem, n % STAGES_K,
+                     C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
                     slot = t % STAGES_Q * CONSUMERS + w
@@ -134,8 +165,11 @@ def producer(shared, Q, K, V, Counter, sizes, C: gl.constexpr):
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                fill(V, batch, head_k, (blocks - i) * BLOCK_N, v_full.index(p % STAGES),
-                     v_smem, p % STAGES, C.parts_v)  # fmt: skip
+                row = (end - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _partial = visited(entries, row, C.size_k)
+                fill(V, batch, head_k, row, v_full.index(p % STAGES), v_smem, p % STAGES,
+                     C.parts_v)  # fmt: skip
             n += 1
         n -= 1
         t += 1
@@ -188,7 +222,8 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.constexpr):
+def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
+             window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -203,11 +238,15 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
     )
     _tiles, _tiles_m, nheads, _heads, _group_size, _section, seqlen_q, seqlen_k = sizes
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and q_smem[0].shape[4] == 256
+    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[4] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
+    if ScoreMods is not None:  # which get scores in natural units
+        scale_log2 = LOG2_E
+    LISTS: gl.constexpr = BlockLists is not None
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
 
     t = 0
@@ -220,20 +259,18 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         q_slot = t % STAGES_Q * CONSUMERS + W
         batch = read(tile_smem, 3 * q_slot + 1)
         head = read(tile_smem, 3 * q_slot + 2)
-        _, blocks = blocks_of(start_m, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N, C.causal)
+        first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
         start_m += W * ROWS
-        unmasked, mine = blocks_of(start_m, seqlen_q, seqlen_k, ROWS, BLOCK_N, C.causal)
+        begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                           ROWS, BLOCK_N, C.causal)  # fmt: skip
+        if LISTS:
+            first, begin = 0, 0
+            last, entries = listed(BlockLists, batch, head, start_m, C)
+            end = last
         if start_m >= seqlen_q:  # queries that do not exist
-            mine = 1
-        for _ in range(blocks - mine):  # later than all of this warpgroup's queries
-            mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
-            release(k_empty.index(n % STAGES_K))
-            mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-            release(v_empty.index(n % STAGES))
-            if C.turns:
-                await_turn(W)
-                pass_turn(W, CONSUMERS)
-            n += 1
+            begin, end = first, first + 1
+        n = pass_by(last - end, n, bars, W, C)  # later than all of this warpgroup's queries
 
         if PARTS == 2:
             q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
@@ -249,6 +286,8 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         if Q_IN_REGISTERS and len(q) == 1:
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+        if ScoreMods is not None or MaskMod is not None:
+            q_idx = gl.minimum(q_idx, seqlen_q - 1)  # so that what users load by it exists
         mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
         if C.turns:
             await_turn(W)
@@ -259,9 +298,19 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         release(k_empty.index(n % STAGES_K))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
-        if C.causal or C.check_keys:
-            s = mask(s, q_idx, (mine - 1) * BLOCK_N, seqlen_q, seqlen_k, C.causal)
-        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, C.causal or C.check_keys)
+        start_n = (end - 1) * BLOCK_N
+        if LISTS:
+            start_n, _partial = visited(entries, start_n, C.size_k)
+        if ScoreMods is not None:
+            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q,
+                       seqlen_k, ScoreMods)  # fmt: skip
+        if C.causal or C.check_keys or WINDOW:
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+        if MaskMod is not None:
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod)
+            s = gl.where(seen, s, float("-inf"))
+        HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
+        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -269,10 +318,17 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         else:
             acc = (zeros(v_smem[0]), zeros(v_smem[1]))
 
-        for i in range(1, mine):
-            block = mine - 1 - i
-            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx,
-                                    block * BLOCK_N, block >= unmasked, seqlen_q, seqlen_k,
+        for i in range(1, end - begin):
+            block = end - 1 - i
+            start_n = block * BLOCK_N
+            edge = block >= full
+            if window_left is not None:
+                edge = edge | (block < inner)
+            if LISTS:
+                start_n, edge = visited(entries, start_n, C.size_k)
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
+                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
+                                    seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
         if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
@@ -280,10 +336,15 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
-        lse, normaliser = finish(m_i, l_i)
+        sink = None
+        if Sinks is not None:
+            sink = gl.load(Sinks + head).to(gl.float32)
+        lse, normaliser = finish(m_i, l_i, sink)
         acc = finished(acc, PARTS_V)
         release(v_empty.index(n % STAGES))
         n += 1
+        if window_left is not None:
+            n = pass_by(begin - first, n, bars, W, C)  # before all of their windows
 
         if not C.alias:
             tma.store_wait(0)  # the tile before this one
@@ -308,6 +369,22 @@ def consumer(shared, Out, Lse, softmax_scale, sizes, W: gl.constexpr, C: gl.cons
         mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
         start_m = read(tile_smem, 3 * q_slot)
     tma.store_wait(0)
+
+
+@gluon.jit
+def pass_by(count, n, bars, W: gl.constexpr, C: gl.constexpr):
+    """Release blocks that only other warpgroups need; the number of the block behind them."""
+    k_full, k_empty, v_full, v_empty = bars
+    for _ in range(count):
+        mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1)
+        release(k_empty.index(n % C.stages_k))
+        mbarrier.wait(v_full.index(n % C.stages), n // C.stages & 1)
+        release(v_empty.index(n % C.stages))
+        if C.turns:
+            await_turn(W)
+            pass_turn(W, C.consumers)
+        n += 1
+    return n
 
 
 @gluon.jit
@@ -410,10 +487,17 @@ def signed(s, SCALE_SIGN: gl.constexpr):
 
 
 @gluon.jit
-def mask(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
-    """Scores with -inf where hidden."""
-    k_idx = start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-    return gl.where(visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL), s, float("-inf"))
+def keys_of(s, start_n):
+    """Indices of the keys of a tile of scores, [1, BLOCK_N]."""
+    return start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+
+
+@gluon.jit
+def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
+    """Scores with -inf where causal or a window hides keys."""
+    seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
+                   window_right)  # fmt: skip
+    return gl.where(seen, s, float("-inf"))
 
 
 @gluon.jit
@@ -427,8 +511,9 @@ def sum_of_lanes(p):
 
 
 @gluon.jit
-def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_n, masked, seqlen_q,
-         seqlen_k, LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2, batch, head,
+         q_idx, start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+         LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -446,10 +531,24 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, scale_log2, q_idx, start_
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
     release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
-    if C.causal:
-        if masked:  # only blocks on the edge of the mask pay for it
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, True)
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, C.causal, SLACK)
+    # Keys past the end are in the first block alone, but where it is a part of a listed one.
+    INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
+    if ScoreMods is not None:
+        s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
+                   ScoreMods, INSIDE)  # fmt: skip
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
+    if EDGES:
+        if edge:  # only blocks on the edge of the mask pay for it
+            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+    if MaskMod is not None:
+        if C.size_k is None:
+            edge = True
+        if edge:
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
+                         INSIDE)  # fmt: skip
+            s = gl.where(seen, s, float("-inf"))
+    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
     # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
@@ -523,10 +622,11 @@ def _MULTIPLY_OPERANDS(n):
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
-                              "seqlen_q", "seqlen_k"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, tiles, tiles_m,
-                   nheads, heads, group_size, section, seqlen_q, seqlen_k,
-                   C: gl.constexpr):  # fmt: skip
+                              "seqlen_q", "seqlen_k", "window_left", "window_right",
+                              "BlockLists"])  # fmt: skip
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, MaskMod, Sinks,
+                   BlockLists, softmax_scale, tiles, tiles_m, nheads, heads, group_size, section,
+                   seqlen_q, seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
@@ -573,40 +673,56 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, softmax_scale, 
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 4, 1],
             [160, 160, 32],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, softmax_scale, sizes, 3, C)),
-                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, sizes, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
+                            softmax_scale, sizes, window_left, window_right, 3, C)),
+                (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
+                            window_left, window_right, C)),
             ],
             [4, 4, 4, 1],
             [112, 112, 112, 32],
-        )
+        )  # fmt: skip
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    extras: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
 
@@ -617,10 +733,14 @@ def forward(
     if lse.numel() == 0:
         return out, lse, []
     if spec.seqlen_k == 0:
-        return out.zero_(), lse.fill_(float("-inf")), []
-    launch = _prepare(spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride())
+        sinks = extras[-1][:, None] if spec.features.sinks else lse.new_tensor(float("-inf"))
+        return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
+    launch = _prepare(
+        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras)
+    )
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
-    launch(q, k, v, out, q, k, v, out, lse, counter)
+    with nullcontext() if launch.compiled else mods.explained(spec.features):
+        launch(q, k, v, out, q, k, v, out, lse, counter, *extras)
     return out, lse, []
 
 
@@ -632,6 +752,7 @@ def _prepare(
     stride_q: tuple[int, ...],
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
+    kinds_of_extras: tuple[object, ...],
 ) -> Launch:
     config = tuning.v3_forward(spec, target)
     tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
@@ -646,6 +767,10 @@ def _prepare(
         ((*of_keys, spec.headdim_v), stride_v, config.block_n, config.widths_v),
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
+    sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
+    if spec.features.score_mods:  # which scale by themselves
+        sign = 1
+    size_q, size_k = mods.block_sizes(spec.features)
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -656,18 +781,22 @@ def _prepare(
         hold=config.hold,
         turns=config.turns,
         q_in_registers=config.q_in_registers,
+        half_q=config.half_q,
         alias=config.alias,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
         check_keys=spec.seqlen_k % config.block_n != 0,
-        scale_sign=(spec.softmax_scale > 0) - (spec.softmax_scale < 0),
+        scale_sign=sign,
+        size_q=size_q,
+        size_k=size_k,
     )
     return Launch(
         forward_kernel,
         min(tiles, target.num_sms),
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k),
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, spec.features.window_left,
+         spec.features.window_right),
         (schedule,),
         config,
         tuple(
@@ -675,7 +804,15 @@ def _prepare(
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
+        partial(_arguments, spec.features),
     )  # fmt: skip
+
+
+def _arguments(features: Features, lse: Any, counter: Any, *extras: Any) -> tuple[Any, ...]:
+    """The kernel's arguments behind its descriptors."""
+    sinks = extras[-1] if features.sinks else None
+    modifications = mods.for_forward(features, extras, approximate=True)
+    return lse, counter, *modifications, sinks, mods.key_lists(features, extras)
 
 
 def _counter(device: torch.device) -> torch.Tensor:
