@@ -427,12 +427,8 @@ def first_choice() -> list[str]:
 
 def refusal(contestant: Contestant, case: Case, device: torch.device) -> str | None:
     """Why it cannot run the case here, None if it can as far as it says."""
-    needs = case.needs if isinstance(case, VariantCase) else ""
-    return (
-        contestant.missing()
-        or variants.lacks(needs, contestant.has, contestant.label)
-        or contestant.unsupported(case, device)
-    )
+    lacks = variants.lacks(case, contestant.has)
+    return contestant.missing() or lacks or contestant.unsupported(case, device)
 
 
 def explain(error: BaseException, heard: list[warnings.WarningMessage]) -> str:

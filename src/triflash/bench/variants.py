@@ -21,16 +21,10 @@ _DOCUMENTS = (5, 11, 2, 19, 7, 3, 13, 4)
 _CAP = 30.0
 _SOFT = 20.0
 
-# What a contestant must have, in words for those that have not.
-NEEDS = {
-    "window": "sliding windows",
-    "softcap": "capped scores",
-    "alibi": "ALiBi",
-    "score_mod": "modifications of scores",
-    "mask_mod": "masks given as a function",
-    "block_mask": "masks given as a function, with blocks",
-    "varlen": "packed sequences",
-}
+# What a contestant must have.
+NEEDS = ("window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "varlen")
+# Said of one that has not; one sentence for all, so that a table has one note a contestant.
+LACKS = "it has none, or only as a tensor of all pairs of queries and keys, which is not timed."
 
 
 @dataclass(frozen=True)
@@ -76,11 +70,10 @@ NAMES = (
 )  # fmt: skip
 
 
-def lacks(needs: str, has: frozenset[str], label: str) -> str | None:
-    """Why a contestant that `has` these of NEEDS cannot run what `needs` one; None if it can."""
-    if not needs or needs in has:
-        return None
-    return f"{label} has no {NEEDS[needs]}, or only as a tensor of all pairs, which is not timed."
+def lacks(case: Case, has: frozenset[str]) -> str | None:
+    """Why a contestant that `has` these of NEEDS cannot run the case; None if it can."""
+    able = not isinstance(case, VariantCase) or not case.needs or case.needs in has
+    return None if able else LACKS
 
 
 def shrunk(case: Case, **sizes: Any) -> Case:
