@@ -74,11 +74,10 @@ def recorded(target: Target, row: registry.Implementation):
     paths = filter(None, (row.forward, row.backward))
     modules = [importlib.import_module(path.split(":")[0]) for path in paths]
 
-    def record(launch, *tensors):
+    def record(launch, *tensors, programs=None):
         args = tuple(launch.arguments(tensors)[: -len(launch.constexprs)])
-        launches.append(
-            RecordedLaunch(launch.kernel, launch.grid, args, launch.constexprs, launch.config)
-        )
+        grid = launch.grid if programs is None else (programs, 1, 1)
+        launches.append(RecordedLaunch(launch.kernel, grid, args, launch.constexprs, launch.config))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "__call__", record))

@@ -156,7 +156,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         forward="triflash.kernels.v3.forward:forward",
         backward="triflash.kernels.v3.backward:backward",
         features=frozenset(
-            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks"}
+            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
         ),
         dtypes=(torch.float16, torch.bfloat16),
         deterministic=False,  # dq is added up in any order
@@ -168,6 +168,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         block_multiple=128,  # two warpgroups of 64 queries, or of 64 keys
         needs_tma=True,
         pays="triflash.tuning:v3_pays",
+        writes_gradients=True,
     ),
     Implementation(
         name="v2",

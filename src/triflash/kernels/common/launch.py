@@ -56,25 +56,26 @@ class Launch:
         """Whether the next call only runs the kernel."""
         return self._run is not None
 
-    def __call__(self, *tensors: Any) -> None:
-        """Run on the current device and stream."""
+    def __call__(self, *tensors: Any, programs: int | None = None) -> None:
+        """Run on the current device and stream, with `programs` if the call has its own number."""
+        grid = self.grid if programs is None else (programs, 1, 1)
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
-            addresses = tuple([tensor.data_ptr() for tensor in tensors])
+            addresses = tuple([None if x is None else x.data_ptr() for x in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())
-            self._launcher.run(*self.grid, stream, *self._launcher.fixed, *arguments)
+            self._launcher.run(*grid, stream, *self._launcher.fixed, *arguments)
             return
         arguments = self.arguments(tensors)
         if self._run is not None:
-            self._run(*arguments)
+            self._run[grid](*arguments)
             return
-        compiled = self.kernel[self.grid](
+        compiled = self.kernel[grid](
             *arguments, num_warps=self.config.num_warps, num_stages=self.config.num_stages
         )
         if compiled is not None:  # None from the interpreter
-            self._run = compiled[self.grid]
+            self._run = compiled
             if self.views:
                 self._launcher = _launcher_of(compiled)
 

@@ -31,7 +31,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash import mods, tuning
-from triflash.kernels.common.launch import Launch, aligned, kinds, strides_of, tma_can_read
+from triflash.kernels.common.launch import (
+    Launch,
+    aligned,
+    entry_strides,
+    kinds,
+    strides_of,
+    tma_can_read,
+)
 from triflash.kernels.common.mask import visible
 from triflash.kernels.common.mods import derive
 from triflash.kernels.common.softmax import LOG2_E
@@ -57,8 +64,9 @@ from triflash.kernels.v3.backward_shared import (
     positions,
     producer,
 )
-from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, tile, view
-from triflash.spec import AttentionSpec, Features
+from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
+from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
+from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -86,7 +94,7 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 @gluon.jit
 def start_dq(ds_smem, k_smem, slot, W: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
-    BLOCK_D: gl.constexpr = k_smem.shape[4]
+    BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     dq = gl.zeros([PART, PART], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
@@ -124,16 +132,17 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
      done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
-    BLOCK_D: gl.constexpr = k_smem.shape[4]
+    BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
-    tile_n, batch, head_k, start, full, blocks = locate(
+    tile_n, batch, head_k, start, full, blocks, places = locate(
         sizes, window_left, window_right, BlockLists, C
     )
+    _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     k_pos = tile_n * C.block_n + W * KEYS
     k_pos += gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT_S))[:, None]
@@ -143,6 +152,9 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     if C.causal or WINDOW:
         k_idx -= start + seqlen_k - seqlen_q
         keys = 0 if C.causal else keys - (start + seqlen_k - seqlen_q)
+    elif C.packed:
+        k_idx -= seqlen_k
+        keys = 0
     edge = edges(start, full, C)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
@@ -267,11 +279,17 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
-                    softmax_scale,
-                    nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
-                    C: gl.constexpr):  # fmt: skip
-    """One program a block of keys of a key head."""
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
+                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
+                    window_left, window_right, C: gl.constexpr):  # fmt: skip
+    """One program a block of keys of a key head.
+
+    Blocks is the list of blocks of keys of packed sequences, whose number is that of the tiles of
+    queries a head in Stats and Sums, else None.
+    """
+    if C.packed:
+        if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
+            return
     k_smem = buffers(K, CONSUMERS)
     v_smem = buffers(V, CONSUMERS)
     q_smem = buffers(Q, C.stages)
@@ -299,7 +317,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
     gl.warp_specialize(
         [
             (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
@@ -327,14 +345,17 @@ def backward(
     saved: list[torch.Tensor],
     spec: AttentionSpec,
     extras: tuple[torch.Tensor, ...] = (),
+    sequences: Sequences = NOT_PACKED,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, contiguous, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
+    """dq, dk, dv, in the shapes and dtype of q, k, v; dlse has lse's shape or is None.
 
-    Behind them the gradients of extras that `spec.features.with_grad` names. Needs `spec.tma`. dout
-    needs a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse and
-    dlse are contiguous.
+    Behind them the gradients of extras that `spec.features.with_grad` names. dq, dk, dv are
+    contiguous, or `grads`, which are written and lie as TMA can write. Needs `spec.tma`. dout needs
+    a contiguous last dimension, and is copied if TMA cannot read it as it lies; out, lse and dlse
+    are contiguous.
     """
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = grads or (t.new_empty(t.shape) for t in (q, k, v))
     features = spec.features
     aux_sums = mods.aux_sums(features, extras)
     if 0 in (dq.numel(), dk.numel()):
@@ -345,31 +366,61 @@ def backward(
         dout = dout.clone(memory_format=torch.contiguous_format)
     plan = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), dout.stride(),
+        None if dq.is_contiguous() else dq.stride(), dk.stride(), dv.stride(),
         aligned(dout, out, lse), dlse is not None and aligned(dlse), kinds(*extras),
-        tuple(aux_sums),
+        tuple(aux_sums), sequences.given,
     )  # fmt: skip
-    sums = q.new_empty(plan.sums, dtype=torch.float32)
-    stats = q.new_empty(plan.stats, dtype=torch.float32)
-    turn = q.new_zeros(plan.turn, dtype=torch.int32) if spec.deterministic else stats
-    plan.before(out, dout, lse, lse if dlse is None else dlse, stats, sums)
+    tiles, programs, blocks = plan.tiles, None, None
+    if plan.list_keys is not None:
+        tiles_m = most_blocks(q.shape[0], spec.batch, plan.block_m)
+        most = most_blocks(k.shape[0], spec.batch, plan.block_n)
+        blocks = list_blocks(plan.list_keys, q, k, sequences, most, tiles_m)
+        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
+    sums = q.new_empty(tiles * plan.size_of_sums, dtype=torch.float32)
+    stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
+    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
+    total_q, _ = sequences.totals(q, k)
+    dlse = lse if dlse is None else dlse
+    inputs = (out, dout, lse, dlse)
+    plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
-        plan.backward(q, k, v, dout, stats, sums, dk, dv, turn, *extras, *aux_sums.values())
-    plan.after(sums, dq)
+        arguments = (q, k, v, dout, stats, sums, dk, dv, turn, blocks)
+        plan.backward(*arguments, *extras, *aux_sums.values(), programs=programs)
+    parts = plan.size_of_sums // PART.value**2
+    plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
     if not features.with_grad:
         return dq, dk, dv
-    delta = -stats.view(*lse.shape[:2], -1, 2, plan.block_m)[..., 1, :].flatten(2)
-    dextras = mods.gradients(features, extras, aux_sums, lse, delta[..., : spec.seqlen_q])
-    return dq, dk, dv, *dextras
+    delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
+    return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
+
+
+def _rows_of(
+    stats: torch.Tensor,
+    block_m: int,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+) -> torch.Tensor:
+    """What before_kernel stored last for each row, in lse's shape."""
+    if cu_seqlens_q is None:
+        tiles = stats.view(spec.batch, spec.nheads, -1, 2, block_m)
+        return tiles[..., 1, :].flatten(2)[..., : spec.seqlen_q]
+    rows = torch.arange(q.shape[0], dtype=torch.int32, device=stats.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], rows, right=True).clamp(max=spec.batch - 1)
+    start = cu_seqlens_q[sequence]
+    block = start // block_m + sequence + (rows - start) // block_m
+    return stats.view(spec.nheads, -1, 2, block_m)[:, block, 1, (rows - start) % block_m]
 
 
 def _arguments(
-    features: Features, names_of_sums: tuple[str, ...], turn: Any, *tensors: Any
+    features: Features, names_of_sums: tuple[str, ...], turn: Any, blocks: Any, *tensors: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
     named = dict(zip(names_of_sums, aux_sums, strict=True))
     modifications = mods.backward_arguments(features, extras, named, approximate=True)
-    return turn, *modifications, mods.query_lists(features, extras)
+    return turn, blocks, *modifications, mods.query_lists(features, extras)
 
 
 @dataclass(frozen=True)
@@ -379,10 +430,11 @@ class Plan:
     before: Launch
     backward: Launch
     after: Launch
-    sums: tuple[int, int]
-    stats: tuple[int, int]
-    turn: int
+    list_keys: Launch | None  # the blocks of keys of packed sequences
+    tiles: int  # of queries of all heads, if not packed
+    size_of_sums: int  # of a tile
     block_m: int
+    block_n: int
 
 
 @lru_cache(maxsize=4096)
@@ -394,41 +446,52 @@ def _prepare(
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
     stride_dout: tuple[int, ...],
+    stride_dq: tuple[int, ...] | None,
+    stride_dk: tuple[int, ...],
+    stride_dv: tuple[int, ...],
     aligned_inputs: tuple[bool, ...],
     aligned_dlse: tuple[bool, ...] | bool,
     kinds_of_extras: tuple[object, ...],
     names_of_sums: tuple[str, ...],
+    given: tuple[bool, ...],
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     width, width_v = config.width, config.width_v
     size_q, size_k = mods.block_sizes(spec.features)
     rows = size_q or block_m
+    packed = spec.varlen is not None
     tiles = -(-spec.seqlen_q // rows) * (rows // block_m) * spec.nheads * spec.batch
-    shape_q = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim)
-    shape_k = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim)
-    shape_v = (spec.batch, spec.seqlen_k, spec.nheads_k, spec.headdim_v)
-    shape_o = (spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v)
+    of_queries: tuple[int, ...] = (spec.batch, spec.seqlen_q, spec.nheads)
+    of_keys: tuple[int, ...] = (spec.batch, spec.seqlen_k, spec.nheads_k)
+    if packed:
+        tiles = 1 << 23  # what descriptors allow for; calls have their own number
+        of_queries, of_keys = (spec.nheads,), (spec.nheads_k,)
+    sequences = spec.batch if packed else None
+    shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
+    stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
+    shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    describe = ragged_view if packed else view
     keys = KEYS.value
     # Only modifications ask, so that nothing else is compiled anew.
-    inside = bool(spec.features.mods) and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
-    sums = (tiles * block_m * width // PART_COLUMNS.value, PART_COLUMNS.value)
-    stats = (tiles, 2 * block_m)
+    inside = bool(spec.features.mods) and not packed
+    inside = inside and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
+    size_of_sums = block_m * width
     views = (
-        view(shape_q, stride_q, block_m, width, spec.dtype),
-        view(shape_k, stride_k, keys, width, spec.dtype),
-        view(shape_v, stride_v, keys, width_v, spec.dtype),
-        view(shape_o, stride_dout, block_m, width_v, spec.dtype),
-        flat_view(*stats, 1),
-        flat_view(*sums, PART_ROWS.value),
-        view(shape_k, strides_of(*shape_k[1:]), keys, width, spec.dtype),
-        view(shape_v, strides_of(*shape_v[1:]), keys, width_v, spec.dtype),
+        describe(shape_q, stride_q, block_m, width, spec.dtype),
+        describe(shape_k, stride_k, keys, width, spec.dtype),
+        describe(shape_v, stride_v, keys, width_v, spec.dtype),
+        describe(shape_o, stride_dout, block_m, width_v, spec.dtype),
+        flat_view(tiles, 2 * block_m, 1),
+        flat_view(tiles * size_of_sums // PART_COLUMNS.value, PART_COLUMNS.value, PART_ROWS.value),
+        describe(shape_k, stride_dk, keys, width, spec.dtype),
+        describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
         tiles,
-        (*strides_of(*shape_o[1:]), *stride_dout[:3], spec.nheads, spec.seqlen_q),
+        (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, sequences),
         (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False, rows),
         around,
     )
@@ -441,8 +504,8 @@ def _prepare(
             Schedule(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dp,
                 config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
-                spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic, inside,
-                bool(names_of_sums), rows, size_q, size_k,
+                packed or spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic,
+                packed, inside, bool(names_of_sums), rows, size_q, size_k,
             ),
         ),
         config,
@@ -451,9 +514,11 @@ def _prepare(
     )  # fmt: skip
     after = Launch(
         after_kernel,
-        tiles * (block_m // PART.value) * (width // PART.value),
-        (spec.softmax_scale, spec.nheads, spec.seqlen_q),
+        tiles * size_of_sums // PART.value**2,
+        (spec.softmax_scale, *(entry_strides(stride_dq) if stride_dq else (None,) * 3),
+         spec.nheads, spec.seqlen_q, sequences),
         (spec.headdim, block_m, width, rows),
         around,
-    )
-    return Plan(before, backward, after, sums, stats, tiles, block_m)
+    )  # fmt: skip
+    list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
+    return Plan(before, backward, after, list_keys, tiles, size_of_sums, block_m, block_n)

@@ -18,12 +18,14 @@ from triflash.kernels.common.blocks import block_list, most_listed, rank, visite
 from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
+from triflash.kernels.common.varlen import PACKED, lse_offset
+from triflash.kernels.v3.packed import place_at, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
-    async_store,
     fence_async_global,
     load,
     reduce_add,
+    store,
     wait_for_reductions,
 )
 
@@ -45,6 +47,7 @@ class Schedule:
     check_keys: bool  # the last block of keys has some past seqlen_k
     gqa: bool
     deterministic: bool  # programs add to a tile of dq in the order of their keys
+    packed: bool
     inside: bool  # all queries and keys of all tiles exist; modifications want to know
     scatter: bool  # gradients of aux are wanted
     rows: int  # of Stats and Sums, a head's fill a multiple of it
@@ -64,20 +67,32 @@ UNSPECIALIZED = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
-def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, stride_oh, stride_gb,
-                  stride_gs, stride_gh, nheads, seqlen_q, HEADDIM_V: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  HAS_DLSE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
+            do_not_specialize_on_alignment=PACKED)  # fmt: skip
+def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total_q, stride_ob,
+                  stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
+                  sequences, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr,
+                  ROWS: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
 
     A head has tiles up to a multiple of ROWS.
     """
-    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
-    batch = (pid // tiles_m // nheads).to(tl.int64)
-    head = (pid // tiles_m % nheads).to(tl.int64)
-    start_m = pid % tiles_m * BLOCK_M
+    if CuSeqlensQ is None:
+        tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
+        batch = (pid // tiles_m // nheads).to(tl.int64)
+        head = (pid // tiles_m % nheads).to(tl.int64)
+        start_m = pid % tiles_m * BLOCK_M
+    else:
+        most = total_q // BLOCK_M + sequences  # as most_blocks has it
+        head = (pid // most).to(tl.int64)
+        start_m, batch, rows, seqlen_q = place_of_block(
+            CuSeqlensQ, SeqUsedQ, pid % most, sequences, total_q, BLOCK_M
+        )
+        batch = batch.to(tl.int64)
+        if start_m >= rows:
+            return
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_DV)
     exist = offs_m < seqlen_q
@@ -88,7 +103,7 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
     out = tl.load(Out + rows * stride_os + offs_d[None, :], mask=inside, other=0.0)
     dout = tl.load(dOut + rows * stride_gs + offs_d[None, :], mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    row = (batch * nheads + head) * seqlen_q
+    row = lse_offset(batch, head, batch, nheads, seqlen_q, total_q)
     lse = tl.load(Lse + row + offs_m, mask=exist, other=float("-inf"))
     if HAS_DLSE:  # d lse / d scores = p, so dlse joins delta with the opposite sign
         delta -= tl.load(dLse + row + offs_m, mask=exist, other=0.0)
@@ -99,23 +114,43 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, stride_ob, stride_os, strid
     tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
 
 
-@triton.jit(do_not_specialize=["nheads", "seqlen_q"])
-def after_kernel(Sums, dQ, softmax_scale, nheads, seqlen_q, HEADDIM: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`."""
+@triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
+            do_not_specialize_on_alignment=PACKED)  # fmt: skip
+def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, stride_dqs, stride_dqh,
+                 nheads, seqlen_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`; no strides: contiguous."""
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
     pid = tl.program_id(0)
-    row = pid // PARTS // tiles_m
     part = pid % PARTS
-    offs_m = pid // PARTS % tiles_m * BLOCK_M + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    if stride_dqs is None:
+        stride_dqh = HEADDIM
+        stride_dqs = nheads * HEADDIM
+    if CuSeqlensQ is None:
+        tiles_m = tl.cdiv(seqlen_q, ROWS) * (ROWS // BLOCK_M)
+        start_m = pid // PARTS % tiles_m * BLOCK_M
+        row = pid // PARTS // tiles_m
+        head = row % nheads
+        if stride_dqb is None:
+            entry = (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM
+        else:
+            entry = (row // nheads).to(tl.int64) * stride_dqb
+    else:
+        most = total_q // BLOCK_M + sequences  # as most_blocks has it
+        head = pid // PARTS // most
+        start_m, batch, seqlen_q, _ = place_of_block(
+            CuSeqlensQ, None, pid // PARTS % most, sequences, total_q, BLOCK_M
+        )
+        entry = batch.to(tl.int64) * stride_dqs
+        if start_m >= seqlen_q:
+            return
+    offs_m = start_m + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
     offs_d = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
     packed = tl.load(Sums + pid.to(tl.int64) * 4096 + tl.arange(0, 4096))
     packed = tl.reshape(packed, [8, 4, 8, 4, 2, 2])  # as pack left it
     dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, 64]) * softmax_scale
-    dQ += (row // nheads).to(tl.int64) * seqlen_q * nheads * HEADDIM + row % nheads * HEADDIM
-    rows = offs_m.to(tl.int64)[:, None] * (nheads * HEADDIM)
+    dQ += entry + head * stride_dqh
+    rows = offs_m.to(tl.int64)[:, None] * stride_dqs
     inside = (offs_m < seqlen_q)[:, None] & (offs_d < HEADDIM)[None, :]
     tl.store(dQ + rows + offs_d[None, :], dq.to(dQ.dtype.element_ty), mask=inside)
 
@@ -134,18 +169,32 @@ def pack(part):
 
 @gluon.jit
 def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
-    """What this program works on: (tile_n, batch, head_k, first query, full, blocks a head).
+    """What a program works on: (tile_n, batch, head_k, first query, full, blocks a head, places).
+
+    Places are (entry_q, entry_k, rows_k, seqlen_q, seqlen_k).
 
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     With BlockLists blocks are those listed, and what they need `listed` knows.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tiles_n = gl.cdiv(seqlen_k, C.block_n)
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes
     pid = gl.program_id(0)
-    tile_n = pid % tiles_n
-    row = pid // tiles_n
-    start_n = tile_n * C.block_n
+    if C.packed:
+        start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
+            Blocks, pid % gl.load(Blocks)
+        )
+        tile_n = start_n // C.block_n
+        head_k = pid // gl.load(Blocks)
+    else:
+        tiles_n = gl.cdiv(seqlen_k, C.block_n)
+        tile_n = pid % tiles_n
+        row = pid // tiles_n
+        batch = row // nheads_k
+        head_k = row % nheads_k
+        entry_q = batch
+        entry_k = batch
+        rows_k = seqlen_k
+        start_n = tile_n * C.block_n
     start, full = query_range(
         start_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal, window_right
     )
@@ -157,11 +206,36 @@ def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
         full_to, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
         end = gl.maximum(start, end)
     blocks = gl.cdiv(end - start, C.block_m)
+    if C.packed:
+        blocks = gl.maximum(blocks, 0)
     if BlockLists is not None:
-        head = row % nheads_k * group_size
-        most = most_listed(BlockLists, row // nheads_k, head, group_size, start_n // C.size_k)
+        most = most_listed(BlockLists, batch, head_k * group_size, group_size, start_n // C.size_k)
         blocks = most * (C.size_q // C.block_m)
-    return tile_n, row // nheads_k, row % nheads_k, start, (full, full_to), blocks
+    places = (entry_q, entry_k, rows_k, seqlen_q, seqlen_k)
+    return tile_n, batch, head_k, start, (full, full_to), blocks, places
+
+
+@gluon.jit
+def workspace(sizes, batch, places, C: gl.constexpr):
+    """Where tiles of queries are in Stats and Sums: (first row of the entry, rows a head)."""
+    nheads = sizes[0]
+    if C.packed:
+        tiles_m = gl.load(sizes[5] + 1)
+        first = places[0] // C.block_m + batch
+    else:
+        tiles_m = gl.cdiv(places[3], C.rows) * (C.rows // C.block_m)
+        first = batch * nheads
+    return first, tiles_m
+
+
+@gluon.jit
+def row_of(head, start_m, first, tiles_m, C: gl.constexpr):
+    """The row of a tile of queries in Stats and Sums."""
+    if C.packed:
+        row = head * tiles_m + first + start_m // C.block_m
+    else:
+        row = (first + head) * tiles_m + start_m // C.block_m
+    return row
 
 
 @gluon.jit
@@ -279,17 +353,18 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
     """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
-    nheads, _nheads_k, group_size, seqlen_q, _seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(
+    group_size = sizes[2]
+    tile_n, batch, head_k, start, _full, blocks, places = locate(
         sizes, window_left, window_right, BlockLists, C
     )
-    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
+    entry_q, entry_k, _rows_k, seqlen_q, seqlen_k = places
+    first, tiles_m = workspace(sizes, batch, places, C)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS
         mbarrier.expect(k_full.index(w), K.block_type.nbytes)
-        load(K, batch, head_k, row, k_full.index(w), k_smem.index(w))
+        load(K, entry_k, head_k, row, seqlen_k, k_full.index(w), k_smem.index(w))
         mbarrier.expect(v_full.index(w), V.block_type.nbytes)
-        load(V, batch, head_k, row, v_full.index(w), v_smem.index(w))
+        load(V, entry_k, head_k, row, seqlen_k, v_full.index(w), v_smem.index(w))
     for i in range(group_size * blocks):
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
@@ -298,13 +373,13 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
         slot = i % C.stages
         mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
-        load(Q, batch, head, start_m, q_full.index(slot), q_smem.index(slot))
-        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        load(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem.index(slot))
+        row = row_of(head, start_m, first, tiles_m, C)
         async_load(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
         slot = i % C.dout_stages
         mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
         mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
-        load(dOut, batch, head, start_m, do_full.index(slot), do_smem.index(slot))
+        load(dOut, entry_q, head, start_m, seqlen_q, do_full.index(slot), do_smem.index(slot))
 
 
 @gluon.jit
@@ -321,14 +396,15 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
         shared[9],
         shared[10],
     )
-    BLOCK_D: gl.constexpr = q_smem.shape[4]
+    BLOCK_D: gl.constexpr = q_smem.shape[-1]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
-    nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
-    tile_n, batch, head_k, start, _full, blocks = locate(
+    group_size = sizes[2]
+    tile_n, batch, head_k, start, _full, blocks, places = locate(
         sizes, window_left, window_right, BlockLists, C
     )
-    tiles_m = gl.cdiv(seqlen_q, C.rows) * (C.rows // C.block_m)
+    seqlen_q, seqlen_k = places[3], places[4]
+    first, tiles_m = workspace(sizes, batch, places, C)
     LAG: gl.constexpr = 1 if C.lag else 0
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
@@ -339,7 +415,7 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
         start_m = start + m * C.block_m
         if BlockLists is not None:
             start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
-        row = (batch * nheads + head) * tiles_m + start_m // C.block_m
+        row = row_of(head, start_m, first, tiles_m, C)
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
@@ -368,6 +444,6 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
     mbarrier.wait(done.index(0), 0)
     for w in gl.static_range(C.block_n // KEYS):
         row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
-        async_store(dV, [batch, head_k, row, 0], dv_smem.index(w))
-        async_store(dK, [batch, head_k, row, 0], dk_smem.index(w))
+        store(dV, places[1], head_k, row, places[2], dv_smem.index(w))
+        store(dK, places[1], head_k, row, places[2], dk_smem.index(w))
     tma.store_wait(0)

@@ -49,15 +49,16 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
-    _nheads, _nheads_k, group_size, seqlen_q, seqlen_k = sizes
+    group_size = sizes[2]
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    tile_n, batch, head_k, start, full, blocks = locate(
+    tile_n, batch, head_k, start, full, blocks, places = locate(
         sizes, window_left, window_right, BlockLists, C
     )
+    _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
     # Masks count from the first query and the first key that it sees, which saves registers.
     first = start + seqlen_k - seqlen_q - tile_n * KEYS
@@ -144,11 +145,11 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
     STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
-    BLOCK_D: gl.constexpr = ring.shape[4]
-    ROUNDS: gl.constexpr = k_smem.shape[4] // PART // DQ_BUFFERS
+    BLOCK_D: gl.constexpr = ring.shape[-1]
+    ROUNDS: gl.constexpr = k_smem.shape[-1] // PART // DQ_BUFFERS
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    _tile_n, _batch, _head_k, _start, _full, blocks = locate(
+    _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
         sizes, window_left, window_right, BlockLists, C
     )
     k = tile(k_smem, 0)
@@ -193,12 +194,15 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod, BlockLists,
-                    softmax_scale,
-                    nheads, nheads_k, group_size, seqlen_q, seqlen_k, window_left, window_right,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
+                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
+                    window_left, window_right,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
+    if C.packed:
+        if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
+            return
     k_smem = buffers(K, 1)
     v_smem = buffers(V, 1)
     q_smem = buffers(Q, C.stages)
@@ -230,7 +234,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, ScoreMods, MaskMod
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,

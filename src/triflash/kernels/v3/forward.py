@@ -34,17 +34,19 @@ from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
+from triflash.kernels.common.varlen import lse_offset
+from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
-    async_load,
-    async_store,
     barriers,
     buffers,
     load,
+    ragged_view,
+    store,
     thread_barrier,
     tile,
     view,
 )
-from triflash.spec import AttentionSpec, Features
+from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
 
@@ -67,9 +69,17 @@ class Schedule:
     parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
+    edges: bool  # a causal mask may cut blocks behind a tile's first, or hide all keys from a row
     scale_sign: int  # of softmax_scale: -1, 0 or 1
     size_q: int | None  # of the blocks of a block mask
     size_k: int | None
+    packed: bool
+    used_q: bool  # rows of packed q may take no part
+
+    @property
+    def fields(self) -> int:
+        """Numbers that tell a warpgroup its tile."""
+        return 7 if self.packed else 3
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -132,81 +142,106 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k = sizes
+    tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks = sizes
+    if C.packed:
+        tiles_m = gl.load(Blocks)
+        tiles = tiles_m * nheads
     index = gl.program_id(0)
     t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
     while index < tiles:
-        tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
+        if C.packed:
+            i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
+            start_m, batch, entry_q, rows_q, seqlen_q, entry_k, _rows, seqlen_k = place_at(
+                Blocks, i
+            )
+        else:
+            tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
+            start_m = tile_m * (ROWS * CONSUMERS)
+            entry_q = batch
+            entry_k = batch
         head_k = head // group_size
-        start_m = tile_m * (ROWS * CONSUMERS)
         begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
         if BlockLists is not None:
             begin = 0
             end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
+        following = index + gl.num_programs(0)
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
-                fill(K, batch, head_k, row, k_full.index(n % STAGES_K), k_smem, n % STAGES_K,
-                     C.parts)  # fmt: skip
+                fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
+                     n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
                     slot = t % STAGES_Q * CONSUMERS + w
                     mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
-                    publish(tile_smem, slot, start_m, batch, head)
+                    if C.packed:
+                        publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
+                                                  seqlen_k))  # fmt: skip
+                    else:
+                        publish(tile_smem, slot, (start_m, batch, head))
                     thread_barrier()
-                    fill(Q, batch, head, start_m + w * ROWS, q_full.index(slot), q_smem, slot,
-                         C.parts)  # fmt: skip
+                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
+                         slot, C.parts)  # fmt: skip
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
                 row = (end - i) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
-                fill(V, batch, head_k, row, v_full.index(p % STAGES), v_smem, p % STAGES,
-                     C.parts_v)  # fmt: skip
+                fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
+                     p % STAGES, C.parts_v)  # fmt: skip
+            if C.dynamic:
+                # Every tile has a second step. Behind the last load the next tile would wait for
+                # the counter: 303 against 322 at d128 causal, 512.
+                if i == 1:
+                    following = gl.num_programs(0) + draw(Counter, tiles)
             n += 1
         n -= 1
         t += 1
-        if C.dynamic:
-            drawn = gl.atomic_add(Counter, 1)
-            if drawn == tiles - 1:  # the last draw of this launch: ready for the next one
-                gl.atomic_xchg(Counter, 0)
-            index = gl.num_programs(0) + drawn
-        else:
-            index += gl.num_programs(0)
+        index = following
     for w in gl.static_range(CONSUMERS):
         slot = t % STAGES_Q * CONSUMERS + w
         mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
-        publish(tile_smem, slot, -1, 0, 0)
+        if C.packed:
+            publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
+        else:
+            publish(tile_smem, slot, (-1, 0, 0))
         mbarrier.arrive(q_full.index(slot), count=1)
 
 
 @gluon.jit
-def fill(descs, batch, head, row, bar, rings, slot, PARTS: gl.constexpr):
+def draw(Counter, tiles):
+    """How many tiles were drawn before; there is one draw a tile, the last of which leaves 0."""
+    drawn = gl.atomic_add(Counter, 1)
+    if drawn == tiles - 1:
+        gl.atomic_xchg(Counter, 0)
+    return drawn
+
+
+@gluon.jit
+def fill(descs, entry, head, row, seqlen, bar, rings, slot, PARTS: gl.constexpr):
     """Load a tile, in parts of columns, and have bar wait for all of it."""
     if PARTS == 1:
         mbarrier.expect(bar, descs[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        async_load(
-            descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, rings[1].index(slot)
-        )
-    load(descs[0], batch, head, row, bar, rings[0].index(slot))
+        load(descs[1], entry, head, row, seqlen, bar, rings[1].index(slot),
+             descs[0].block_type.shape[-1])  # fmt: skip
+    load(descs[0], entry, head, row, seqlen, bar, rings[0].index(slot))
 
 
 @gluon.jit
-def publish(tile_smem, slot, start_m, batch, head):
+def publish(tile_smem, slot, fields):
     """Tell a warpgroup its tile, so that it is spared the divisions; start_m < 0: there is none."""
     ONE: gl.constexpr = _one(1)
-    tile_smem.index(3 * slot).store(gl.full([1], start_m, gl.int32, ONE))
-    tile_smem.index(3 * slot + 1).store(gl.full([1], batch, gl.int32, ONE))
-    tile_smem.index(3 * slot + 2).store(gl.full([1], head, gl.int32, ONE))
+    for i in gl.static_range(len(fields)):
+        tile_smem.index(len(fields) * slot + i).store(gl.full([1], fields[i], gl.int32, ONE))
 
 
 @gluon.constexpr_function
@@ -236,9 +271,12 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    _tiles, _tiles_m, nheads, _heads, _group_size, _section, seqlen_q, seqlen_k = sizes
+    nheads, seqlen_q, seqlen_k, Blocks = sizes[2], sizes[6], sizes[7], sizes[8]
+    total_q = None
+    if C.packed:
+        total_q = gl.load(Blocks + 1)
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[4] == 256)
+    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
@@ -256,11 +294,18 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     if C.turns and W == 0:  # the first turn is warpgroup 0's
         pass_turn(CONSUMERS - 1, CONSUMERS)
     mbarrier.wait(q_full.index(W), 0)
-    start_m = read(tile_smem, 3 * W)
+    start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
         q_slot = t % STAGES_Q * CONSUMERS + W
-        batch = read(tile_smem, 3 * q_slot + 1)
-        head = read(tile_smem, 3 * q_slot + 2)
+        batch = read(tile_smem, C.fields * q_slot + 1)
+        head = read(tile_smem, C.fields * q_slot + 2)
+        entry_q = batch
+        rows_q = seqlen_q
+        if C.packed:
+            entry_q = read(tile_smem, C.fields * q_slot + 3)
+            rows_q = read(tile_smem, C.fields * q_slot + 4)
+            seqlen_q = read(tile_smem, C.fields * q_slot + 5)
+            seqlen_k = read(tile_smem, C.fields * q_slot + 6)
         if FUSED:
             scale_log2, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
             scale_log2 *= LOG2_E
@@ -292,7 +337,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
         if ScoreMods is not None or MaskMod is not None:
-            q_idx = gl.minimum(q_idx, seqlen_q - 1)  # so that what users load by it exists
+            length_q, length_k = seqlen_q, seqlen_k
+            if C.packed:  # of sequences of nothing, what stands for them in index 0
+                length_q, length_k = gl.maximum(seqlen_q, 1), gl.maximum(seqlen_k, 1)
+            q_idx = gl.minimum(q_idx, length_q - 1)  # so that what users load by it exists
         mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
         if C.turns:
             await_turn(W)
@@ -307,12 +355,14 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if LISTS:
             start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
-            s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+            s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
                          False)  # fmt: skip
-        if C.causal or C.check_keys or WINDOW:
+        if WINDOW:
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+        elif C.causal or C.check_keys:
+            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
         if MaskMod is not None:
-            seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod)
+            seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
         HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
         m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
@@ -356,15 +406,19 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         for part in gl.static_range(PARTS_V):
             factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
             out = (acc[part] * factor[:, None]).to(v_smem[0].dtype)
+            if C.used_q:
+                rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
+                out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
             tile(o_smem[part], W).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            async_store(
-                Out[part], [batch, head, start_m, part * v_smem[0].shape[4]], o_smem[part].index(W)
-            )
+            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+                  part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
-        lse_row = Lse + (batch.to(gl.int64) * nheads + head) * seqlen_q + start_m
-        gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q - start_m)
+        if C.used_q:
+            lse = gl.where(offs_m < seqlen_q - start_m, lse, float("-inf"))
+        lse_row = Lse + lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
+        gl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
 
         if C.alias:
             tma.store_wait(0)
@@ -372,7 +426,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         t += 1
         q_slot = t % STAGES_Q * CONSUMERS + W
         mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
-        start_m = read(tile_smem, 3 * q_slot)
+        start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
 
 
@@ -430,7 +484,7 @@ def halves(x):
 @gluon.jit
 def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
     """q k^T, begun."""
-    BLOCK_N: gl.constexpr = k_smem[0].shape[3]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[-2]
     if len(k_smem) == 2:
         k = (tile(k_smem[0], slot), tile(k_smem[1], slot))
     elif len(q) == 2:
@@ -447,7 +501,7 @@ def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
 @gluon.jit
 def zeros(v_smem):
     """An accumulator of out."""
-    WIDTH: gl.constexpr = v_smem.shape[4]
+    WIDTH: gl.constexpr = v_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     return gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
 
@@ -523,10 +577,36 @@ def opaque(x):
 
 @gluon.jit
 def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
-    """Scores with -inf where causal or a window hides keys."""
+    """Scores with -inf where causal, a window or the end hides keys."""
     seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
                    window_right)  # fmt: skip
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
+    """`mask` without windows, for a tile's first block.
+
+    There LLVM would make a word of bits of the comparisons and take it apart again, 350
+    instructions: with `edges` 293 to 309 at d128 causal, 512.
+    """
+    N: gl.constexpr = s.shape[1] // 2  # elements of a thread
+    last = q_idx + (seqlen_k - seqlen_q) if CAUSAL else seqlen_k - 1
+    room, s = gl.broadcast(last - keys_of(s, start_n), s)
+    return gl.inline_asm_elementwise(
+        _HIDE(N), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
+    )
+
+
+@gluon.constexpr_function
+def _HIDE(n):
+    # The distance of a thread's columns from its first, against the room behind that in its row.
+    lines = ["{ .reg .pred p;"]
+    for i in range(n):
+        column, row = i // 4 * 8 + i % 2, i // 2 % 2
+        lines.append(f"setp.lt.s32 p, ${2 * n + 2 * row}, {column};")
+        lines.append(f"@p mov.f32 ${i}, 0fFF800000;")
+    return "\n".join([*lines, "}"])
 
 
 @gluon.jit
@@ -566,7 +646,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
         s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
                      INSIDE)  # fmt: skip
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
-    EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
+    EDGES: gl.constexpr = C.edges or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
         if edge:  # only blocks on the edge of the mask pay for it
             start = start_n
@@ -629,7 +709,7 @@ def rescaled(acc, alpha):
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
     alpha, acc = gl.broadcast(alpha[:, None], acc)
     return gl.inline_asm_elementwise(
-        _MULTIPLY(N), _MULTIPLY_OPERANDS(N), [acc, alpha], gl.float32, is_pure=True, pack=N
+        _MULTIPLY(N), _IN_PLACE(N, "f"), [acc, alpha], gl.float32, is_pure=True, pack=N
     )
 
 
@@ -649,19 +729,21 @@ def _MULTIPLY(n):
 
 
 @gluon.constexpr_function
-def _MULTIPLY_OPERANDS(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+def _IN_PLACE(n, kind):
+    # n float32 that are changed, and n operands beside them.
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + [kind] * n)
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
                               "seqlen_q", "seqlen_k", "window_left", "window_right",
                               "BlockLists"])  # fmt: skip
-def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, MaskMod, Sinks,
+def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMods, MaskMod, Sinks,
                    BlockLists, softmax_scale, tiles, tiles_m, nheads, heads, group_size, section,
                    seqlen_q, seqlen_k, window_left, window_right, C: gl.constexpr):  # fmt: skip
     """One program a multiprocessor; program i begins with tile i.
 
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
+    Blocks is the list of tiles of packed sequences, whose number is total_q, else None.
     """
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
@@ -688,7 +770,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
     else:
         o_smem = (buffers(Out, CONSUMERS), buffers(Out1, CONSUMERS))
     tile_smem = gl.allocate_shared_memory(
-        gl.int32, [3 * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [C.fields * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     q_full = barriers(SLOTS_Q, 1)
     q_empty = barriers(SLOTS_Q, 1)
@@ -700,7 +782,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, ScoreMods, Mask
 
     shared = (q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full,
               v_empty)  # fmt: skip
-    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k)
+    sizes = (tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks)
     # A tuple with constexprs must be written where it is used, or they become tensors.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -755,24 +837,34 @@ def forward(
     v: torch.Tensor,
     spec: AttentionSpec,
     extras: tuple[torch.Tensor, ...] = (),
+    sequences: Sequences = NOT_PACKED,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out `(batch, seqlen_q, nheads, headdim_v)`, lse float32 `(batch, nheads, seqlen_q)`.
 
-    q, k and v lie so that TMA can read them (`spec.tma`).
+    Packed: out `(total_q, nheads, headdim_v)`, lse `(nheads, total_q)`. q, k and v lie so that TMA
+    can read them (`spec.tma`).
     """
-    out = q.new_empty((spec.batch, spec.seqlen_q, spec.nheads, spec.headdim_v))
-    lse = q.new_empty((spec.batch, spec.nheads, spec.seqlen_q), dtype=torch.float32)
+    out = q.new_empty((*q.shape[:-1], spec.headdim_v))
+    lse = q.new_empty(spec.lse_shape(q), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, []
-    if spec.seqlen_k == 0:
+    # Without keys there is nothing to run, but that unused rows have no sink.
+    if k.numel() == 0 and not (spec.features.sinks and sequences.seqused_q is not None):
         sinks = extras[-1][:, None] if spec.features.sinks else lse.new_tensor(float("-inf"))
         return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
-    launch = _prepare(
-        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras)
-    )
+    if k.numel() == 0:
+        k = v = q  # of which nothing is read
+    launch, list_tiles = _prepare(
+        spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras),
+        sequences.given, _of_one_another(sequences),
+    )  # fmt: skip
+    blocks = None
+    if list_tiles is not None:
+        most = most_blocks(q.shape[0], spec.batch, ROWS.value * launch.config.consumers)
+        blocks = list_blocks(list_tiles, q, k, sequences, most, q.shape[0])
     counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
     with nullcontext() if launch.compiled else mods.explained(spec.features):
-        launch(q, k, v, out, q, k, v, out, lse, counter, *extras)
+        launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     return out, lse, []
 
 
@@ -785,14 +877,28 @@ def _prepare(
     stride_k: tuple[int, ...],
     stride_v: tuple[int, ...],
     kinds_of_extras: tuple[object, ...],
-) -> Launch:
+    given: tuple[bool, ...],
+    self_attention: bool,
+) -> tuple[Launch, Launch | None]:
+    """The launch, and of packed sequences that of the list of their tiles."""
     config = tuning.v3_forward(spec, target)
-    tiles_m = -(-spec.seqlen_q // (ROWS.value * config.consumers))
-    heads = spec.batch * spec.nheads
+    block_m = ROWS.value * config.consumers
+    packed = spec.varlen is not None
+    if packed:
+        tiles_m = 0  # the list tells
+        heads = spec.nheads
+        programs = target.num_sms
+        of_queries: tuple[int, ...] = (spec.nheads,)
+        of_keys: tuple[int, ...] = (spec.nheads_k,)
+        stride_o = (spec.nheads * spec.headdim_v, spec.headdim_v, 1)
+    else:
+        tiles_m = -(-spec.seqlen_q // block_m)
+        heads = spec.batch * spec.nheads
+        programs = min(tiles_m * heads, target.num_sms)
+        of_queries = (spec.batch, spec.seqlen_q, spec.nheads)
+        of_keys = (spec.batch, spec.seqlen_k, spec.nheads_k)
+        stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     tiles = tiles_m * heads
-    of_queries = (spec.batch, spec.seqlen_q, spec.nheads)
-    of_keys = (spec.batch, spec.seqlen_k, spec.nheads_k)
-    stride_o = strides_of(spec.seqlen_q, spec.nheads, spec.headdim_v)
     tensors = (
         ((*of_queries, spec.headdim), stride_q, ROWS.value, config.widths),
         ((*of_keys, spec.headdim), stride_k, config.block_n, config.widths),
@@ -803,6 +909,10 @@ def _prepare(
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
     size_q, size_k = mods.block_sizes(spec.features)
+    # The diagonal then begins at a block's corner, and every row has a key in its first block.
+    shift = spec.seqlen_k - spec.seqlen_q
+    plain = not spec.features.mods and spec.features.blocks is None
+    whole = plain and (self_attention if packed else shift >= 0 and shift % config.block_n == 0)
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -818,30 +928,45 @@ def _prepare(
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
-        check_keys=spec.seqlen_k % config.block_n != 0,
+        check_keys=packed or spec.seqlen_k % config.block_n != 0,
+        edges=spec.causal and not whole,
         scale_sign=sign,
         size_q=size_q,
         size_k=size_k,
+        packed=packed,
+        used_q=given[2],
     )
-    return Launch(
+    launch = Launch(
         forward_kernel,
-        min(tiles, target.num_sms),
+        programs,
         (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k, spec.features.window_left,
-         spec.features.window_right),
+         min(config.section, heads), spec.seqlen_q, spec.seqlen_k,
+         spec.features.window_left, spec.features.window_right),
         (schedule,),
         config,
         tuple(
-            view(shape, stride, rows, widths[part], spec.dtype)
+            (ragged_view if packed else view)(shape, stride, rows, widths[part], spec.dtype)
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
         partial(_arguments, spec.features, tuning.v3_fuses(spec)),
     )  # fmt: skip
+    return launch, list_launch(spec, block_m, of_keys=False) if packed else None
+
+
+def _of_one_another(sequences: Sequences) -> bool:
+    """Whether every sequence certainly has as many keys as queries."""
+    cu_seqlens_q, cu_seqlens_k, *used = sequences
+    return (
+        cu_seqlens_q is not None
+        and cu_seqlens_k is not None
+        and cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+        and used == [None, None]
+    )
 
 
 def _arguments(
-    features: Features, fused: bool, lse: Any, counter: Any, *extras: Any
+    features: Features, fused: bool, lse: Any, counter: Any, blocks: Any, *extras: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     sinks = extras[-1] if features.sinks else None
@@ -849,7 +974,7 @@ def _arguments(
         modifications = mods.fused_forward(features, extras)
     else:
         modifications = mods.for_forward(features, extras, approximate=True)
-    return lse, counter, *modifications, sinks, mods.key_lists(features, extras)
+    return lse, counter, blocks, *modifications, sinks, mods.key_lists(features, extras)
 
 
 def _counter(device: torch.device) -> torch.Tensor:

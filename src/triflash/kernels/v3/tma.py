@@ -63,18 +63,41 @@ def _BAR_SYNC(threads):
     return f"barrier.sync 14, {threads}; mov.u32 $0, 0;"
 
 
+END = gl.constexpr(1 << 30)  # where every sequence ends for a descriptor of `ragged_view`
+
+
 @gluon.jit
-def load(desc, batch, head, row, bar, smem):
-    """TMA of one tile [1, 1, rows, headdim] at (batch, head, row, 0); bar already expects it."""
-    async_load(desc, [batch, head, row, 0], bar, smem)
+def load(desc, entry, head, row, seqlen, bar, smem, column=0):
+    """TMA of the tile at a row of an entry, zero from its row `seqlen` on; bar already expects it.
+
+    An entry is a batch index, and then seqlen is that of the tensor; or, if the descriptor is a
+    `ragged_view`, the first row of a sequence.
+    """
+    if len(desc.block_type.shape) == 5:
+        async_load(desc, [END, entry + seqlen, head, END - seqlen + row, column], bar, smem)
+    else:
+        async_load(desc, [entry, head, row, column], bar, smem)
+
+
+@gluon.jit
+def store(desc, entry, head, row, rows, smem, column=0):
+    """TMA of a tile to a row of an entry, as in `load`; nothing is written from row `rows` on."""
+    if len(desc.block_type.shape) == 5:
+        async_store(desc, [END, entry + rows, head, END - rows + row, column], smem)
+    else:
+        async_store(desc, [entry, head, row, column], smem)
 
 
 @gluon.jit
 def buffers(desc, COUNT: gl.constexpr):
     """Shared memory for COUNT tiles of a descriptor."""
-    TILE_ROWS: gl.constexpr = desc.block_type.shape[2]
-    WIDTH: gl.constexpr = desc.block_type.shape[3]
-    return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, 1, TILE_ROWS, WIDTH], desc.layout)
+    SHAPE: gl.constexpr = _ring(COUNT, desc.block_type.shape)
+    return gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
+
+
+@gluon.constexpr_function
+def _ring(count, shape):
+    return [count, *shape]
 
 
 @gluon.jit
@@ -88,7 +111,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def tile(ring, slot):
     """Slot of a ring as [rows, headdim]."""
-    return ring.index(slot).reshape([ring.shape[3], ring.shape[4]])
+    return ring.index(slot).reshape([ring.shape[-2], ring.shape[-1]])
 
 
 def view(
@@ -103,14 +126,40 @@ def view(
     # The stride of a dimension of size 1 may be junk, which TMA would refuse.
     strides = [s if n > 1 else 16 for n, s in zip(shape[:3], stride[:3], strict=True)]
     block = [1, 1, rows, width]
-    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
     return partial(
         TensorDescriptor,
         shape=[batch, nheads, seqlen, headdim],
         strides=[strides[0], strides[2], strides[1], 1],
         block_shape=block,
-        layout=gl.NVMMASharedLayout.get_default_for(block, element),
+        layout=gl.NVMMASharedLayout.get_default_for(block, _element(dtype)),
     )
+
+
+def ragged_view(
+    shape: tuple[int, ...], stride: tuple[int, ...], rows: int, width: int, dtype: torch.dtype
+) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """Descriptors of packed `(total, nheads, headdim)` in tiles of [1, 1, 1, rows, width].
+
+    shape is `(nheads, headdim)`: they are the same for any total.
+
+    `kernels.common.launch.ragged_descriptor` says how they end where a sequence does.
+    """
+    nheads, headdim = shape
+    # The strides of a single row and of a single head may be junk, which TMA would refuse.
+    row = stride[0] if stride[0] > 0 and stride[0] % 8 == 0 else 16
+    head = stride[1] if nheads > 1 else 16
+    block = [1, 1, 1, rows, width]
+    return partial(
+        TensorDescriptor,
+        shape=[0x7FFF0000, 0x7FFF0000, nheads, END.value, headdim],
+        strides=[2**34 - row, row, head, row, 1],
+        block_shape=block,
+        layout=gl.NVMMASharedLayout.get_default_for(block, _element(dtype)),
+    )
+
+
+def _element(dtype: torch.dtype) -> gl.dtype:
+    return gl.float16 if dtype == torch.float16 else gl.bfloat16
 
 
 def flat_view(
