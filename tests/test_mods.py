@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -172,6 +174,21 @@ def test_features(implementation, feature, lengths, device):
         **FEATURED[feature],
     )  # fmt: skip
     check(case, implementation, device)
+
+
+@pytest.mark.parametrize("feature", ["alibi", "learned bias", "documents, causal", "bias"])
+def test_whole_tiles(feature, device):
+    """Where all positions exist, modifications are not guarded against those that do not."""
+    n = 512 if GPU else 64
+    case = Case(
+        seqlen_q=n, seqlen_k=n, nheads=2, headdim=16, dtype=FLOAT, with_dlse=True,
+        **FEATURED[feature],
+    )  # fmt: skip
+    assert mods.inside(case.spec(), 32, 64)
+    assert not mods.inside(replace(case, seqlen_q=n - 1).spec(), 32, 64)
+    assert not mods.inside(replace(case, seqlen_k=n + 1).spec(), 32, 64)
+    assert not mods.inside(Case(seqlen_q=n, seqlen_k=n).spec(), 32, 64)
+    check(case, "v2", device)
 
 
 def test_windows_are_what_flash_attn_says():

@@ -32,6 +32,7 @@ from triflash.spec import (
     BLOCK_LISTS,
     PLAIN,
     SMALLEST_FLOAT32,
+    AttentionSpec,
     Blocks,
     Features,
     Mod,
@@ -438,6 +439,17 @@ def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | 
 def query_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same for kernels that own keys."""
     return _lists(features, extras, BLOCK_LISTS[2:])
+
+
+def inside(spec: AttentionSpec, block_m: int, block_n: int) -> bool:
+    """Whether all positions of all tiles exist, INSIDE of kernels that modify or mask.
+
+    Modifications then load what lies side by side in one piece. False without modifications, where
+    nothing depends on it.
+    """
+    size_q, size_k = block_sizes(spec.features)
+    whole = spec.seqlen_q % (size_q or block_m) == 0 and spec.seqlen_k % (size_k or block_n) == 0
+    return whole and spec.varlen is None and bool(spec.features.mods)
 
 
 def block_sizes(features: Features) -> tuple[int | None, int | None]:

@@ -434,7 +434,7 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)
 
-    factor = torch.as_tensor(reference.dropout_factor(spec, tensors, q.device)).to(q)
+    factor = q.new_ones(()) * reference.dropout_factor(spec, tensors, q.device)
     factor = F.pad(factor.expand(*p.shape[:-1], spec.seqlen_k), (0, sinks))
     v = F.pad(v, (0, 0, 0, sinks))
     out = (p * factor) @ v

@@ -82,7 +82,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
                 CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-                SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+                SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr, INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
     Scores are computed transposed, so that p and ds are left operands of the products they enter.
@@ -143,7 +143,8 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
             q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
             k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
             score_t = s_t * softmax_scale
-            s_t = modify(score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s_t = modify(score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
             s_t = s_t * LOG2_E - lse_to_log2(lse)[None, :]
         else:
             s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
@@ -151,7 +152,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t)
         if CAUSAL or window_left is not None or window_right is not None:
@@ -181,7 +182,8 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
         if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
             k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-            ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                          INSIDE=INSIDE)  # fmt: skip
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
     if Dropout is not None:
@@ -211,7 +213,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dro
               HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
               CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr, INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -264,7 +266,8 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dro
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
             score = s * softmax_scale
-            s = modify(score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s = modify(score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
             p = tl.exp2(s * LOG2_E - lse_log2[:, None])
         else:
             p = tl.exp2(s * scale_log2 - lse_log2[:, None])
@@ -279,7 +282,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dro
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 p = tl.where(seen, p, 0.0)
         v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
@@ -293,7 +296,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dro
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
             ds = derive(ds, score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
-                        SCATTER=True)  # fmt: skip
+                        SCATTER=True, INSIDE=INSIDE)  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tile(dQ, dq * softmax_scale, entry_q, head, start_m, stride_dqb, stride_dqs, stride_dqh,
                rows_q, HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
@@ -401,7 +404,8 @@ def _prepare(
          *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.group_size > 1,
-         packed or spec.seqlen_q % (size_q or config.block_m) != 0, precision, use_tma, *sizes),
+         packed or spec.seqlen_q % (size_q or config.block_m) != 0, precision, use_tma, *sizes,
+         mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip
 
@@ -413,7 +417,7 @@ def _prepare(
          *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, packed or spec.seqlen_k % (size_k or config.block_n) != 0, precision,
-         use_tma, *sizes),
+         use_tma, *sizes, mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip
     return delta, dkdv, dq

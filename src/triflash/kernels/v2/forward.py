@@ -52,7 +52,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dro
                    HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
                    CHECK_KEYS: tl.constexpr, SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
-                   USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+                   USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr,
+                   INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2.
 
     With CuSeqlensQ, a batch entry is a sequence of packed tensors, and seqlen_q and seqlen_k are
@@ -112,7 +113,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dro
         if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            s = modify(s * softmax_scale, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s = modify(s * softmax_scale, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
         if MASKED:
             edge = start_n >= full
             if window_left is not None:
@@ -129,7 +131,7 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dro
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 s = tl.where(seen, s, float("-inf"))
         hides: tl.constexpr = MASKED or MaskMod is not None or ScoreMods is not None
         m_i, p, alpha = softmax_step(s, m_i, scale_log2, hides)
@@ -227,6 +229,7 @@ def _prepare(
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
          spec.varlen is not None or spec.seqlen_k % (size_k or config.block_n) != 0, sign,
-         tuning.dot_precision(spec, target), use_tma, size_q, size_k),
+         tuning.dot_precision(spec, target), use_tma, size_q, size_k,
+         mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip
