@@ -166,9 +166,8 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if d <= 64:
         # Measured with TMA: 394-458 against 360-428 with 64 keys a step, whose softmax bookkeeping
         # (maximum, rescaling) comes twice as often. Without TMA three stages of 64 were fastest.
-        if use_tma and spec.features.blocks is not None:
-            return TileConfig(128, 128, 8, 2)  # 4 warps spill
-        if use_tma:
+        # With block masks those spill; measured: 0.219 ms with 64 keys, 0.327 with 128 x 128.
+        if use_tma and spec.features.blocks is None:
             return TileConfig(64, 128, 4, 2)
         return TileConfig(64, 64, 4, 3)
     if d <= 128:
@@ -209,10 +208,9 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
         return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
     if use_tma:
         if d <= 64:
-            # Measured: 438-501; every other size stayed under 320. Modified scores would spill,
-            # and block masks do.
-            plain = not _modifies(spec) and spec.features.blocks is None
-            return TileConfig(128 if plain else 64, 64, 4, 2)
+            # Measured: 438-501; every other size stayed under 320. Modified scores would spill.
+            # Block masks do: 0.770 ms against 0.806 with 64 queries, 0.775 with 32.
+            return TileConfig(64 if _modifies(spec) else 128, 64, 4, 2)
         if d <= 128:
             # Measured: 462-553 against 405-512 with 128 keys and 8 warps: two small programs on a
             # multiprocessor hide each other's waiting. Masked head dimensions would spill there,
@@ -695,8 +693,9 @@ def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
     if spec.dtype == torch.float32:
         return TileConfig(32, 32 if d <= 64 else 16, 8, 1)
     if _has_227_kib(target) and d <= 128 and _vectorises(spec):
-        # Measured with documents at d128: 1.451 ms against 1.829 with 128 queries and 8 warps.
-        return TileConfig(128, 64, 8, 2) if _modifies(spec) else TileConfig(64, 64, 4, 2)
+        # Measured at d128: documents 1.451 ms against 1.829 with 128 queries and 8 warps, a learned
+        # bias 6.04 against 6.29.
+        return TileConfig(64, 64, 4, 2)
     return TileConfig(32 if d > 128 else 64, 32, 4, 1)
 
 
@@ -706,9 +705,9 @@ def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
     if spec.dtype == torch.float32:
         return TileConfig(16, 32 if d <= 64 else 16, 8, 1)
     if _has_227_kib(target) and d <= 128 and _vectorises(spec):
-        # Measured with documents at d128: 4.02 ms with both kernels so against 8.49 with 8 warps,
-        # though dkdv spills; 4.40 with 32 queries there.
-        return TileConfig(64, 64, 8 if _modifies(spec) else 4, 2)
+        # Measured at d128, though dkdv spills: documents 4.02 ms against 8.49 with 8 warps and 4.40
+        # with 32 queries in dkdv, a learned bias 14.7 against 19.9 and 15.3.
+        return TileConfig(64, 64, 4, 2)
     return TileConfig(32, 32, 8 if d > 64 else 4, 1)
 
 
