@@ -184,6 +184,9 @@ COMPILED_FEATURES = (
 FEATURED_SPILLS = {
     ("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56,
     ("alibi", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("bias", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("bias of keys", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("dropout", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 16,
     ("documents", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 40,
     ("blocks", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 24,
     ("learned bias", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 8,
