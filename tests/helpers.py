@@ -93,6 +93,11 @@ def assert_repeated(
     assert_bitwise_equal(first, again)
 
 
+def repeatable(implementation: str) -> dict[str, bool]:
+    """Options with which the row gives the same bits again."""
+    return {} if registry.get(implementation).deterministic else {"deterministic": True}
+
+
 def unexplained_races(report: str) -> list[str]:
     """What racecheck reports of v3's kernels, but for the false reports of docs/adr/0011.
 

@@ -12,6 +12,7 @@ from helpers import (
     LOW_PRECISION,
     assert_bitwise_equal,
     both_causal,
+    repeatable,
     skip_unsupported,
 )
 
@@ -66,7 +67,8 @@ def compare(packed, apart, packed_tensors, dim):
 def skip_what_is_refused(implementation, device, seqlen=SEQLEN):
     case = testing.Case(seqlen_q=seqlen, seqlen_k=seqlen, headdim=64, dtype=LOW_PRECISION)
     skip_unsupported(case, implementation, device)
-    if not registry.get(implementation).deterministic:
+    row = registry.get(implementation)
+    if not (row.deterministic or row.obeys_deterministic):
         pytest.skip("bits differ from run to run")
 
 
@@ -75,6 +77,7 @@ def skip_what_is_refused(implementation, device, seqlen=SEQLEN):
 def test_qkvpacked(implementation, causal, device):
     skip_what_is_refused(implementation, device)
     options = {"causal": causal, "return_attn_probs": True, "implementation": implementation}
+    options |= repeatable(implementation)
     qkv = normal(device, 2, SEQLEN, 3, 2, 64)
     compare(
         lambda qkv: flash_attn_qkvpacked_func(qkv, **options),
@@ -88,6 +91,7 @@ def test_qkvpacked(implementation, causal, device):
 def test_kvpacked(implementation, causal, device):
     skip_what_is_refused(implementation, device)
     options = {"causal": causal, "return_attn_probs": True, "implementation": implementation}
+    options |= repeatable(implementation)
     q, kv = normal(device, 2, SEQLEN, 4, 64), normal(device, 2, SEQLEN + 30, 2, 2, 64)
     compare(
         lambda q, kv: flash_attn_kvpacked_func(q, kv, **options),
@@ -101,6 +105,7 @@ def test_kvpacked(implementation, causal, device):
 def test_varlen_qkvpacked(implementation, causal, device):
     skip_what_is_refused(implementation, device)
     options = {"causal": causal, "return_attn_probs": True, "implementation": implementation}
+    options |= repeatable(implementation)
     cu = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
     qkv = normal(device, CU_SEQLENS[-1], 3, 2, 64)
     compare(
@@ -115,6 +120,7 @@ def test_varlen_qkvpacked(implementation, causal, device):
 def test_varlen_kvpacked(implementation, causal, device):
     skip_what_is_refused(implementation, device)
     options = {"causal": causal, "return_attn_probs": True, "implementation": implementation}
+    options |= repeatable(implementation)
     cu = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
     lengths_k = (3, 9, SEQLEN, 0)
     cu_k = torch.tensor(

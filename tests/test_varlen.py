@@ -18,6 +18,7 @@ from helpers import (
     assert_bitwise_equal,
     every_dtype,
     forget_prepared_launches,
+    repeatable,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -156,11 +157,6 @@ def run(call: Packed, inputs: Inputs, implementation: str, longer: int = 0, **op
         grads = torch.autograd.grad(outputs[:n], (q, k, v), gradients[:n])
     results = {"out": out.detach(), "lse": lse.detach()}
     return results | dict(zip(("dq", "dk", "dv"), grads, strict=True))
-
-
-def repeatable(implementation: str) -> dict[str, bool]:
-    """Options with which the row gives the same bits again."""
-    return {} if registry.get(implementation).deterministic else {"deterministic": True}
 
 
 def parts(call: Packed, results: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
