@@ -197,9 +197,10 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
                      p % STAGES, C.parts_v)  # fmt: skip
             if C.dynamic:
-                # Every tile has a second step. Behind the last load the next tile would wait for
-                # the counter: 303 against 322 at d128 causal, 512.
-                if i == 1:
+                # Behind the last load the next tile would wait for the counter: 303 against 322 at
+                # d128 causal, 512. Much earlier, long tiles would be shared out before it is known
+                # who is done first. Every tile has one such step.
+                if i == gl.maximum(blocks - 2, 1):
                     following = gl.num_programs(0) + draw(Counter, tiles)
             n += 1
         n -= 1
