@@ -205,6 +205,7 @@ def launches_of(
     packed: bool = False,
     seqused: bool = False,
     feature: str | None = None,
+    batch: int = 2,
 ) -> list:
     """The launches of v3's forward, or of its backward; packed, of two sequences.
 
@@ -212,7 +213,7 @@ def launches_of(
     """
 
     def empty(seqlen: int, *shape: int) -> torch.Tensor:
-        rows = (2 * seqlen,) if packed else (2, seqlen)
+        rows = (2 * seqlen,) if packed else (batch, seqlen)
         return torch.empty(*rows, *shape, dtype=dtype, device="meta")
 
     q = empty(seqlen, 4, headdim)
