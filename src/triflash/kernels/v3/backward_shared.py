@@ -55,7 +55,7 @@ class Schedule:
     size_q: int | None  # of a block mask's blocks
     size_k: int | None
     persistent: bool  # programs walk several tiles of keys
-    whole_heads: bool
+    whole_heads: bool  # those of a head, one program
     kv_stages: int
 
 
@@ -194,14 +194,17 @@ def tiles_of_program(sizes, C: gl.constexpr):
     are as few as they are with a program a tile: more of them do not stay in L2.
     """
     tiles = sizes[6]
-    pid, programs = gl.program_id(0), gl.num_programs(0)
+    programs = gl.num_programs(0)
+    first = gl.program_id(0)
+    count = gl.cdiv(tiles - first, programs)
+    apart = programs
     if C.whole_heads:
         tiles_n = gl.cdiv(sizes[4], C.block_n)
         share = gl.cdiv(tiles // tiles_n, programs) * tiles_n
-        first = pid * share
-        return first, gl.minimum(share, tiles - first), 1
-    else:
-        return pid, gl.cdiv(tiles - pid, programs), programs
+        first *= share
+        count = gl.minimum(share, tiles - first)
+        apart = 1
+    return first, count, apart
 
 
 @gluon.jit
@@ -399,11 +402,11 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
         first, count, apart = tiles_of_program(sizes, C)
         step = 0
         for n in range(count):
-            step = produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
-                           first + n * apart, n, step, C)  # fmt: skip
+            step = produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                           BlockLists, first + n * apart, n, step, C)  # fmt: skip
     else:
-        produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, gl.program_id(0),
-                0, 0, C)  # fmt: skip
+        produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
+                gl.program_id(0), 0, 0, C)  # fmt: skip
 
 
 @gluon.jit
@@ -457,11 +460,11 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
         first, count, apart = tiles_of_program(sizes, C)
         step = 0
         for n in range(count):
-            step = add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
-                       BlockLists, first + n * apart, n, step, C)  # fmt: skip
+            step = add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                       window_right, BlockLists, first + n * apart, n, step, C)  # fmt: skip
     else:
-        add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right, BlockLists,
-            gl.program_id(0), 0, 0, C)  # fmt: skip
+        add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
+            BlockLists, gl.program_id(0), 0, 0, C)  # fmt: skip
 
 
 @gluon.jit
@@ -475,8 +478,8 @@ def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
 
 
 @gluon.jit
-def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right, BlockLists,
-        pid, before, step, C: gl.constexpr):  # fmt: skip
+def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
+        BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
     """The adder's tile pid, as in `produce`."""
     q_smem, dq_smem, dq_full, dq_empty, done = (
         shared[2],
