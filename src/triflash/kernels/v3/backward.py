@@ -10,9 +10,15 @@ Head dimensions above 128 have a schedule of their own, in backward_wide.py.
 A kernel before it makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums;
 one behind it rounds them to dq. The sums of a tile lie as the threads hold them, see `pack`.
 
+Where that is faster (tuning) there are only as many programs as multiprocessors, and each walks
+several tiles of keys: it loads the next while it ends one. If these are all tiles of a head, in the
+order of its keys, then the first stores its dq instead of adding it, the last adds the sums to it
+and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 or 128; and 2 numbers
-a row. With deterministic=True programs add to a tile of dq in the order of their keys.
+a row. Whole heads: sums for the heads that are in flight. With deterministic=True programs add to a
+tile of dq in the order of their keys.
 """
 
 from contextlib import nullcontext
