@@ -43,6 +43,7 @@ TARGETS = {
 }
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 
 

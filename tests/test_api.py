@@ -199,19 +199,6 @@ def test_wrong_options_are_refused_again(option, qkv):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "sentence"),
-    [
-        ("dropout_p", 0.1, "dropout"),
-    ],
-    ids=str,
-)
-def test_what_is_not_built_says_so(option, value, sentence, qkv):
-    with pytest.raises(NotImplementedError, match=sentence) as caught:
-        flash_attn_func(*qkv, **{option: value})
-    assert option in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("value", "error", "words"),
     [(-0.1, ValueError, "-0.1"), (1.0, ValueError, "1.0"), ("0", TypeError, "str")],
 )

@@ -34,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.padding": set(),
     "triflash.bert_padding": {"triflash.padding"},
     "triflash.spec": set(),
+    "triflash.dropout": set(),
     "triflash.target": set(),
-    "triflash.mods": {"triflash.spec"},
+    "triflash.mods": {"triflash.spec", "triflash.dropout"},
     "triflash.tuning": {"triflash.spec", "triflash.target"},
-    "triflash.reference": {"triflash.spec", "triflash.mods"},
+    "triflash.reference": {"triflash.spec", "triflash.mods", "triflash.dropout"},
     "triflash.block_mask": {
         "triflash.spec", "triflash.mods", "triflash.target", "triflash.reference",
         "triflash.kernels.common",
@@ -47,10 +48,11 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.ops": {"triflash.spec", "triflash.target", "triflash.registry", "triflash.sequences"},
     "triflash.interface": {
         "triflash.ops", "triflash.spec", "triflash.target", "triflash.registry", "triflash.mods",
+        "triflash.dropout", "triflash.reference",
     },
     "triflash.packed": {
         "triflash.interface", "triflash.ops", "triflash.spec", "triflash.target",
-        "triflash.registry", "triflash.mods",
+        "triflash.registry", "triflash.mods", "triflash.dropout", "triflash.reference",
     },
     "triflash.sequences": {"triflash.spec"},
     "triflash.nn": {"triflash", "triflash.interface"},

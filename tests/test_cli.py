@@ -162,14 +162,14 @@ def test_check_passes_and_shows_every_implementation(capsys):
 
 
 def test_check_shows_what_is_unsupported_and_why(capsys):
-    assert cli.main(["check", *SMALL[:-2], *SMALL[-2:], "--head-dim", "300"]) == 0
+    assert cli.main(["check", *SMALL[:-2], *SMALL[-2:], "--head-dim", "520"]) == 0
     shown = capsys.readouterr().out
     assert "unsupported" in shown
     assert "256" in shown
 
 
 def test_check_of_nothing_fails(capsys):
-    assert cli.main(["check", *SMALL, "--head-dim", "300", "--implementation", "v2"]) == 1
+    assert cli.main(["check", *SMALL, "--head-dim", "520", "--implementation", "v2"]) == 1
     assert "0 of 0 checks passed" in capsys.readouterr().out
 
 

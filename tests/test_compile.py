@@ -178,10 +178,15 @@ FEATURED_CALLS = {
 }
 COMPILED_FEATURES = (
     "both", "softcap", "alibi", "documents", "blocks", "learned bias", "sinks", "bias",
-    "bias of keys",
+    "bias of keys", "dropout",
 )  # fmt: skip
-# ALiBi is faster with tiles that spill (docs/perf-log.md), here bytes a thread.
-FEATURED_SPILLS = {("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56}
+# These are faster with tiles that spill (docs/perf-log.md), here bytes a thread.
+FEATURED_SPILLS = {
+    ("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56,
+    ("alibi", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("documents", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 40,
+    ("blocks", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 8,
+}
 
 
 @pytest.mark.parametrize("call", FEATURED_CALLS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -89,11 +91,15 @@ FEATURED = {
     "bias of keys": {"bias": "bk -", "window_size": (30, 30)},
     "bias of queries": {"bias": "q float32", "alibi": "heads"},
     "bias expanded": {"bias": "hqk - expanded", "sinks": FLOAT},
+    "dropout": {"dropout_p": 0.1},
+    "dropout, causal": {"dropout_p": 0.5, "causal": True, "bias": "hqk -"},
+    "dropout, softcap": {"dropout_p": 0.3, "softcap": 3.0, "window_size": (20, 9)},
+    "dropout, sinks": {"dropout_p": 0.3, "sinks": FLOAT, "mask_mod": DOCUMENT, "make_aux": ids},
     "sinks": {"sinks": FLOAT},
     "sinks, causal": {"sinks": torch.float16, "causal": True},
     "sinks, window": {"sinks": FLOAT, "window_size": (17, 3), "softcap": 3.0},
     "sinks, learned bias": {"sinks": FLOAT, "score_mod": RELATIVE, "make_aux": table},
-    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (64, 128)},
+    "blocks": {"mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 128)},
     "blocks, causal": {
         "mask_mod": DOCUMENT, "make_aux": ids, "block_size": (128, 64), "block_heads": True,
         "causal": True,
@@ -148,6 +154,7 @@ def featured_cases(draw: st.DrawFn) -> Case:
         block_heads=draw(st.booleans()),
         sinks=draw(st.sampled_from([None, FLOAT, dtype])),
         bias=draw(st.sampled_from(["", "", *BIASES])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.93])),
     )
 
 
@@ -167,6 +174,21 @@ def test_features(implementation, feature, lengths, device):
         **FEATURED[feature],
     )  # fmt: skip
     check(case, implementation, device)
+
+
+@pytest.mark.parametrize("feature", ["alibi", "learned bias", "documents, causal", "bias"])
+def test_whole_tiles(feature, device):
+    """Where all positions exist, modifications are not guarded against those that do not."""
+    n = 512 if GPU else 64
+    case = Case(
+        seqlen_q=n, seqlen_k=n, nheads=2, headdim=16, dtype=FLOAT, with_dlse=True,
+        **FEATURED[feature],
+    )  # fmt: skip
+    assert mods.inside(case.spec(), 32, 64)
+    assert not mods.inside(replace(case, seqlen_q=n - 1).spec(), 32, 64)
+    assert not mods.inside(replace(case, seqlen_k=n + 1).spec(), 32, 64)
+    assert not mods.inside(Case(seqlen_q=n, seqlen_k=n).spec(), 32, 64)
+    check(case, "v2", device)
 
 
 def test_windows_are_what_flash_attn_says():

@@ -203,6 +203,45 @@ BACKWARD_CALLS = {
     },
     "bf16-256-packed": {"headdim": 256, "packed": True},
     "bf16-256-causal-packed": {"headdim": 256, "packed": True, "causal": True},
+    "bf16-128-causal-left-packed": {
+        "headdim": 128,
+        "packed": True,
+        "causal": True,
+        "feature": "left",
+        "seqused": True,
+    },
+    "bf16-64-causal-left": {"headdim": 64, "causal": True, "feature": "left"},
+    "bf16-64-causal-softcap": {"headdim": 64, "causal": True, "feature": "softcap"},
+    "bf16-64-causal-learned bias": {"headdim": 64, "causal": True, "feature": "learned bias"},
+    "bf16-64-documents": {"headdim": 64, "feature": "documents"},
+    "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
+    "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
+    "bf16-128-both-deterministic": {"headdim": 128, "feature": "both", "deterministic": True},
+    "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
+    "fp16-128-causal-alibi": {"dtype": FP16, "headdim": 128, "causal": True, "feature": "alibi"},
+    "bf16-128-softcap, alibi, window": {"headdim": 128, "feature": "softcap, alibi, window"},
+    "bf16-128-causal-learned bias": {"headdim": 128, "causal": True, "feature": "learned bias"},
+    "bf16-128-documents": {"headdim": 128, "feature": "documents"},
+    "bf16-128-large blocks": {"headdim": 128, "feature": "large blocks"},
+    "bf16-128-larger blocks, gqa": {
+        "headdim": 128,
+        "nheads_k": 2,
+        "feature": "larger blocks, alibi",
+        "deterministic": True,
+    },
+    "bf16-256-left": {"headdim": 256, "feature": "left"},
+    "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
+    "bf16-256-documents": {"headdim": 256, "feature": "documents"},
+}
+
+
+# How often loops touch spilled registers under modifications, whose tiles come on top.
+SPILLS_OF_MODIFICATIONS = {
+    "bf16-64-causal-learned bias": 8,
+    "bf16-128-causal-softcap": 12,
+    "bf16-128-softcap, alibi, window": 24,
+    "bf16-128-causal-learned bias": 12,
+    "bf16-256-causal-softcap": 12,
 }
 
 
@@ -369,8 +408,8 @@ def test_machine_code(call, compiler):
     # "wgmma serialized": correct, and much slower.
     assert "C7512" not in kernel["log"], kernel["log"]
     assert "serialized" not in kernel["log"], kernel["log"]
-    # Above 128, users' functions are short of a few registers.
-    few = 4 if CALLS[call]["headdim"] > 128 and "documents" in call else 0
+    # Above 128, modifications are short of a few registers.
+    few = 4 if CALLS[call]["headdim"] > 128 and "feature" in CALLS[call] else 0
     assert max(kernel["local_in_loops"]) <= few, kernel["local_in_loops"]
     assert kernel["stack"] <= 4 * few
     assert kernel["local"] <= 4 * few
@@ -392,9 +431,11 @@ def test_machine_code_of_the_backward(call, compiler):
     # Programs that walk several tiles spill what they keep from tile to tile, and where they finish
     # dq some of it.
     headdim = BACKWARD_CALLS[call].get("headdim", 64)
-    few, stack = {64: 3, 192: 4, 256: 8}.get(headdim, 0), 64
+    few, stack = {64: 3, 128: 1, 192: 4, 256: 8}.get(headdim, 0), 64
     if "persistent" in call or "whole" in call:
         few, stack = 30 if "whole" in call else 12, 152
+    if "feature" in BACKWARD_CALLS[call]:
+        few, stack = SPILLS_OF_MODIFICATIONS.get(call, max(few, 2)), 128
     if "deterministic" not in BACKWARD_CALLS[call]:
         assert max(kernel["local_in_loops"]) <= few, kernel["local_in_loops"]
     assert kernel["stack"] <= stack
@@ -520,6 +561,26 @@ def test_auto_takes_it_where_it_was_measured_to_pay():
     assert auto(seqlen_q=4096, seqlen_k=4096, dtype=torch.float32) == "v2"
     for other in (Target("cuda", "sm_80", 108), Target("cuda", "sm_100", 148)):
         assert auto(other, seqlen_q=4096, seqlen_k=4096) == "v2"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "headdim", "chosen"),
+    [
+        ((1024,) * 16, 128, "v3"),
+        ((4096, 100), 128, "v3"),
+        ((300,) * 64, 128, "v3"),
+        ((300,) * 64, 64, "v2"),
+        ((600,) * 32, 64, "v3"),
+        ((128,) * 128, 128, "v2"),
+        ((1024,), 128, "v2"),
+    ],
+)
+def test_auto_takes_it_for_packed_sequences_long_enough_on_average(lengths, headdim, chosen):
+    q = torch.empty(sum(lengths), 2048 // headdim, headdim, dtype=BF16, device="meta")
+    cu_seqlens = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    where = Sequences(cu_seqlens, cu_seqlens)
+    spec = make_varlen_spec(q, q, q, where, *(max(lengths),) * 2, None, False, False, False)
+    assert registry.resolve("auto", spec, HOPPER).name == chosen
 
 
 def test_which_reports_of_racecheck_are_explained():

@@ -135,7 +135,9 @@ def run(call: Packed, inputs: Inputs, implementation: str, longer: int = 0, **op
     if reason := refusal(call, implementation, device):
         pytest.skip(reason)
     q, k, v = (t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
-    cu_seqlens = (int32(starts, device) for starts in call.starts())
+    cu_seqlens = [int32(starts, device) for starts in call.starts()]
+    if call.lengths_q == call.lengths_k:  # one tensor, as models give it
+        cu_seqlens[1] = cu_seqlens[0]
     longest = (max(lengths, default=0) + longer for lengths in (call.lengths_q, call.lengths_k))
     with testing.poisoned():
         out, lse, probabilities = flash_attn_varlen_func(

@@ -191,10 +191,10 @@ def _states_by_reference(
 
 def _lists(states: Tensor) -> _Lists:
     kv_counts, kv_entries = _listed(states)
-    q_counts, q_entries = _listed(states.transpose(-1, -2))
-    before = ((states > 0).cumsum(-1, dtype=torch.int32) - 1).transpose(-1, -2)
-    ranks = before.gather(-1, q_entries.long() // 2)
-    return kv_counts, kv_entries, q_counts, q_entries, ranks
+    q_counts, q_entries = _listed(states.transpose(-1, -2).contiguous())
+    before = (states > 0).cumsum(-1, dtype=torch.int32) - 1
+    ranks = before.transpose(-1, -2).gather(-1, q_entries // 2)
+    return kv_counts, kv_entries.int(), q_counts, q_entries.int(), ranks
 
 
 def _listed(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,10 +203,8 @@ def _listed(states: Tensor) -> tuple[Tensor, Tensor]:
     A kernel that walks the lists of several heads as if all were as long as the longest visits some
     of these, and finds nothing in them.
     """
-    states = states.to(torch.int32)
-    length = states.shape[-1]
-    entries = torch.arange(0, 2 * length, 2, dtype=torch.int32, device=states.device)
-    entries = torch.where(states > 0, entries + states - 1, entries + 2 * length)
-    entries = entries.sort(-1).values
-    entries = torch.where(entries < 2 * length, entries, entries - 2 * length)
-    return (states > 0).sum(-1, dtype=torch.int32), entries.contiguous()
+    above = 2 * states.shape[-1]
+    block = torch.arange(0, above, 2, device=states.device)
+    empty = states == 0
+    entries = (block + (states == 2) + above * empty).sort(-1).values % max(1, above)
+    return (~empty).sum(-1, dtype=torch.int32), entries

@@ -13,6 +13,8 @@ import torch
 from torch.autograd import forward_ad
 
 from triflash import mods, ops, registry
+from triflash.dropout import seed_for
+from triflash.reference import signed_probabilities
 from triflash.spec import PLAIN, AttentionSpec, Features, make_spec
 from triflash.target import target_of
 
@@ -36,6 +38,8 @@ def attention(
     block_mask: mods.BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     allow_tf32: bool = False,
@@ -70,6 +74,10 @@ def attention(
         bias: `(batch, nheads, seqlen_q, seqlen_k)` or 1 for any of them, float32 or q's dtype, any
             strides: added to the scores behind all modifications. -inf hides a key. It has a
             gradient, summed where it is 1.
+        dropout_p: each weight is dropped with this probability, and what stays grows by
+            1 / (1 - dropout_p); lse is that without. Rounded to a multiple of 2^-16.
+        dropout_seed: int64 `(1,)` on q's device, from which follows what is dropped; None draws one
+            from PyTorch's generator.
         return_lse: also return the log of the softmax denominators; its gradient flows.
         deterministic: refuse implementations whose gradients differ from run to run.
         allow_tf32: let float32 inputs use tf32 tensor cores (10 mantissa bits); float32 by default.
@@ -84,7 +92,8 @@ def attention(
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
     features, extras = mods.features_of(
-        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks, bias
+        window_size, softcap, alibi_slopes, score_mod, mask_mod, aux, block_mask, sinks, bias,
+        dropout_p, seed_for(q, dropout_p) if dropout_seed is None else dropout_seed,
     )  # fmt: skip
     causal = mods.causal_of(causal, block_mask)
     out, lse = _attention(
@@ -107,36 +116,35 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """`attention` under flash-attn 2's name, parameters and defaults.
 
     Args:
         q, k, v, softmax_scale, causal, deterministic, implementation: as in `attention`.
         window_size, softcap, alibi_slopes: as in `attention`.
-        dropout_p: only 0 works yet.
-        return_attn_probs: return `(out, softmax_lse, None)`; flash-attn's third value exists only
-            with dropout.
+        dropout_p: as in `attention`.
+        return_attn_probs: return `(out, softmax_lse, S_dmask)`. S_dmask is for tests: with dropout
+            the weights before it, `(batch, nheads, seqlen_q, seqlen_k)`, in out's dtype, negative
+            where they were dropped, made by PyTorch in quadratic memory; None without.
 
     Raises:
-        NotImplementedError: dropout_p is a probability but 0; else as in `attention`.
-        TypeError, ValueError: dropout_p is no probability below 1; else as in `attention`.
+        As in `attention`.
     """
-    refuse_dropout(dropout_p)
-    features, extras = mods.features_of(window_size, softcap, alibi_slopes)
+    seed = seed_for(q, dropout_p)
+    features, extras = mods.features_of(
+        window_size, softcap, alibi_slopes, dropout_p=dropout_p, dropout_seed=seed
+    )  # fmt: skip
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, False, implementation, features, extras
     )  # fmt: skip
-    return (out, lse, None) if return_attn_probs else out
-
-
-def refuse_dropout(dropout_p: float) -> None:
-    """Raise NotImplementedError if dropout_p is a probability but 0, ValueError if it is none."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"triflash does not support dropout (dropout_p={dropout_p}) yet.")
+    if not return_attn_probs:
+        return out
+    probabilities = None
+    if features.dropout_p:
+        options = (softmax_scale, causal, deterministic, False, True, features, extras)
+        spec = make_spec(q, k, v, *options)
+        probabilities = signed_probabilities(q, k, spec, extras).to(out.dtype)
+    return out, lse, probabilities
 
 
 def _attention(

@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 
+from triflash.dropout import checked
 from triflash.spec import (
     BLOCK_LISTS,
     PLAIN,
     SMALLEST_FLOAT32,
+    AttentionSpec,
     Blocks,
     Features,
     Mod,
@@ -252,8 +254,12 @@ def features_of(
     block_mask: BlockMask | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Features, tuple[Tensor, ...]]:
     """What a call asks for beside plain attention, and the tensors that belong to it.
+
+    dropout_seed is that of `dropout.seed_for`, if dropout_p is not 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -293,7 +299,11 @@ def features_of(
             raise TypeError(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
-    for name, tensor in (("bias", bias), ("sinks", sinks)):
+    dropout_p = checked(dropout_p)
+    if dropout_p == 0.0:
+        dropout_seed = None
+    named = (("bias", bias), ("dropout_seed", dropout_seed), ("sinks", sinks))
+    for name, tensor in named:
         if tensor is not None:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -308,9 +318,12 @@ def features_of(
         mask = Mod(block_mask.mask_mod.key, _bind(block_mask.aux, tensors, "mask_aux"))
         blocks = block_mask.blocks
         tensors.update((name, getattr(block_mask, name)) for name in BLOCK_LISTS)
-    if left is None and right is None and not scores and mask is None and sinks is None:
+    plain = left is None and right is None and not scores and mask is None
+    if plain and sinks is None and dropout_p == 0.0:
         return PLAIN, ()
-    features = Features(left, right, tuple(scores), mask, sinks is not None, blocks=blocks)
+    features = Features(
+        left, right, tuple(scores), mask, sinks is not None, blocks=blocks, dropout_p=dropout_p
+    )
     return features, tuple(tensors[name] for name in features.names)
 
 
@@ -398,6 +411,26 @@ def for_forward(
     return scores or None, mask and (get(mask.key).function, _values(mask, named))
 
 
+def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`for_forward`, approximate, of a single built-in modification in its fused form.
+
+    Its entry is `(function, aux, constants)`: `constants(b, h, softmax_scale, aux)`, called once a
+    tile of queries, gives a factor > 0 and a constant, and `function(s, q_idx, kv_idx, seqlen_q,
+    seqlen_k, constant)` the modified score divided by the factor, of q k^T.
+    """
+    [(_, values)], mask = for_forward(features, extras)
+    key = features.score_mods[0].key
+    module = importlib.import_module("triflash.kernels.common.mods")
+    return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
+
+
+def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    """What kernels take as Dropout; see kernels/common/dropout.py."""
+    if features.dropout_p == 0.0:
+        return None
+    return features.named(extras)["dropout_seed"], features.dropout_p
+
+
 def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What kernels that own queries take as BlockLists; see kernels/common/blocks.py."""
     return _lists(features, extras, BLOCK_LISTS[:2])
@@ -406,6 +439,17 @@ def key_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | 
 def query_lists(features: Features, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same for kernels that own keys."""
     return _lists(features, extras, BLOCK_LISTS[2:])
+
+
+def inside(spec: AttentionSpec, block_m: int, block_n: int) -> bool:
+    """Whether all positions of all tiles exist, INSIDE of kernels that modify or mask.
+
+    Modifications then load what lies side by side in one piece. False without modifications, where
+    nothing depends on it.
+    """
+    size_q, size_k = block_sizes(spec.features)
+    whole = spec.seqlen_q % (size_q or block_m) == 0 and spec.seqlen_k % (size_k or block_n) == 0
+    return whole and spec.varlen is None and bool(spec.features.mods)
 
 
 def block_sizes(features: Features) -> tuple[int | None, int | None]:
@@ -420,7 +464,7 @@ def _lists(
     blocks = features.blocks
     if blocks is None:
         return None
-    named = dict(zip(features.names, extras, strict=True))
+    named = features.named(extras)
     counts, entries, *ranks = (named[name] for name in names)
     *_, rows, length = blocks.shapes[BLOCK_LISTS.index(names[1])]
     rows_b = blocks.nheads * rows if blocks.batch > 1 else 0

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from triflash import mods, ops
+from triflash.dropout import seed_for
 from triflash.interface import (
     apart,
     no_second_derivative,
-    refuse_dropout,
     resolved,
     transformed,
 )
+from triflash.reference import signed_probabilities
 from triflash.spec import NOT_PACKED, Features, Sequences, make_spec, make_varlen_spec
 
 Tensor = torch.Tensor
-_Results = Tensor | tuple[Tensor, Tensor, None]
+_Results = Tensor | tuple[Tensor, Tensor, Tensor | None]
 # Of padded tensors: no cu_seqlens, no seqused, no max_seqlen.
 _PADDED = (None, None, None, None, 0, 0)
 
@@ -46,14 +47,13 @@ def flash_attn_qkvpacked_func(
 
     Returns:
         out `(batch, seqlen, nheads, headdim)`, or with return_attn_probs
-        `(out, softmax_lse, None)`.
+        `(out, softmax_lse, S_dmask)`.
 
     Raises:
         As `flash_attn_func`; ValueError: qkv has another shape.
     """
-    refuse_dropout(dropout_p)
     _check_shape("qkv", qkv, ("batch", "seqlen", "3", "nheads", "headdim"))
-    features = mods.features_of(window_size, softcap, alibi_slopes)
+    features = _features(qkv, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
     return _results((qkv,), _PADDED, options, *features, return_attn_probs)
 
@@ -80,14 +80,13 @@ def flash_attn_kvpacked_func(
 
     Returns:
         out `(batch, seqlen_q, nheads, headdim)`, or with return_attn_probs
-        `(out, softmax_lse, None)`.
+        `(out, softmax_lse, S_dmask)`.
 
     Raises:
         As `flash_attn_func`; ValueError: kv has another shape.
     """
-    refuse_dropout(dropout_p)
     _check_shape("kv", kv, ("batch", "seqlen_k", "2", "nheads_k", "headdim"))
-    features = mods.features_of(window_size, softcap, alibi_slopes)
+    features = _features(q, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
     return _results((q, kv), _PADDED, options, *features, return_attn_probs)
 
@@ -138,20 +137,20 @@ def flash_attn_varlen_func(
             return_attn_probs, implementation: as in `flash_attn_func`.
 
     Returns:
-        out `(total_q, nheads, headdim_v)`, or with return_attn_probs `(out, softmax_lse, None)`,
-        softmax_lse `(nheads, total_q)`.
+        out `(total_q, nheads, headdim_v)`, or with return_attn_probs `(out, softmax_lse, S_dmask)`,
+        softmax_lse `(nheads, total_q)`, S_dmask `(batch, nheads, max_seqlen_q, max_seqlen_k)` and 0
+        behind the ends of sequences, whose lengths it waits for.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
         NotImplementedError: no implementation, or not the named one, supports the call.
     """
-    refuse_dropout(dropout_p)
     if block_table is not None:
         raise NotImplementedError(
             "triflash does not support keys in pages (block_table): gather them into packed k and v"
         )
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    features = mods.features_of(window_size, softcap, alibi_slopes, sinks=sinks)
+    features = _features(q, window_size, softcap, alibi_slopes, dropout_p, sinks)
     options = (softmax_scale, causal, deterministic, False, implementation)
     return _results((q, k, v), sequences, options, *features, return_attn_probs)
 
@@ -178,15 +177,14 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens, max_seqlen: of q and of k.
 
     Returns:
-        out `(total, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, None)`.
+        out `(total, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, S_dmask)`.
 
     Raises:
         As `flash_attn_varlen_func`; ValueError: qkv has another shape.
     """
-    refuse_dropout(dropout_p)
     _check_shape("qkv", qkv, ("total", "3", "nheads", "headdim"))
     sequences = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
-    features = mods.features_of(window_size, softcap, alibi_slopes)
+    features = _features(qkv, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
     call = ((qkv,), sequences, options, *features, return_attn_probs)
     if torch.compiler.is_compiling():
@@ -223,15 +221,14 @@ def flash_attn_varlen_kvpacked_func(
         kv: `(total_k, 2, nheads_k, headdim)`.
 
     Returns:
-        out `(total_q, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, None)`.
+        out `(total_q, nheads, headdim)`, or with return_attn_probs `(out, softmax_lse, S_dmask)`.
 
     Raises:
         As `flash_attn_varlen_func`; ValueError: kv has another shape.
     """
-    refuse_dropout(dropout_p)
     _check_shape("kv", kv, ("total_k", "2", "nheads_k", "headdim"))
     sequences = (cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k)
-    features = mods.features_of(window_size, softcap, alibi_slopes)
+    features = _features(q, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
     return _results((q, kv), sequences, options, *features, return_attn_probs)
 
@@ -250,6 +247,20 @@ def _check_shape(name: str, tensor: Tensor, sizes: tuple[str, ...]) -> None:
             f"{name} must have a contiguous last dimension (stride 1), got stride "
             f"{tensor.stride(-1)}; call {name}.contiguous() first"
         )
+
+
+def _features(
+    q: Tensor,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    sinks: Tensor | None = None,
+) -> tuple[Features, tuple[Tensor, ...]]:
+    seed = seed_for(q, dropout_p)
+    return mods.features_of(
+        window_size, softcap, alibi_slopes, sinks=sinks, dropout_p=dropout_p, dropout_seed=seed
+    )
 
 
 def _results(
@@ -291,7 +302,12 @@ def _results(
     else:
         operator = torch.ops.triflash.packed_attention_forward.default
         out, lse, _ = operator(tensors, *sequences, *options, extras)
-    return (out, lse, None) if return_attn_probs else out
+    if not return_attn_probs:
+        return out
+    probabilities = None
+    if features.dropout_p:
+        probabilities = signed_probabilities(q, k, spec, extras, where).to(out.dtype)
+    return out, lse, probabilities
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from triflash import mods
+from triflash import dropout, mods
 from triflash.spec import NOT_PACKED, AttentionSpec, Mod, Sequences
 
 _Tensors = tuple[torch.Tensor, ...]
@@ -44,7 +44,8 @@ def forward(
         if with_sink.shape[-1]
         else scores.new_full(scores.shape[:-1], float("-inf"))
     )
-    out = _probabilities(scores, lse) @ v
+    p = _probabilities(scores, lse) * dropout_factor(spec, extras, q.device, first)
+    out = p @ v
     return out.transpose(1, 2).to(spec.dtype).contiguous(), lse, []
 
 
@@ -75,8 +76,9 @@ def backward(
         wanted = [raw, *(t.requires_grad_() for t in spec.features.gradients_of(leaves[1:]))]
         modified = modify(raw, spec, leaves[1:], first)
     p = _probabilities(mask(modified.detach(), spec, extras, first), lse)
-    dv = p.transpose(-1, -2) @ dout
-    dp = dout @ v.transpose(-1, -2)
+    factor = dropout_factor(spec, extras, q.device, first)
+    dv = (p * factor).transpose(-1, -2) @ dout
+    dp = dout @ v.transpose(-1, -2) * factor
     delta = (p * dp).sum(dim=-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
@@ -101,6 +103,49 @@ def modify(
         function = _reference_of(mod)
         scores = function(scores, *_positions(spec, scores.device, first), _aux(mod, spec, extras))
     return scores
+
+
+def dropout_factor(
+    spec: AttentionSpec, extras: _Tensors, device: torch.device, first: int = 0
+) -> torch.Tensor | float:
+    """What weights are multiplied by: 0 where dropped, else 1 / (1 - dropout_p)."""
+    p = spec.features.dropout_p
+    if p == 0.0:
+        return 1.0
+    seed = spec.features.named(extras)["dropout_seed"]
+    return dropout.kept(seed, p, *_positions(spec, device, first)) / (1.0 - p)
+
+
+@torch.no_grad()
+def signed_probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    spec: AttentionSpec,
+    extras: _Tensors = (),
+    sequences: Sequences = NOT_PACKED,
+) -> torch.Tensor:
+    """`(batch, nheads, seqlen_q, seqlen_k)` in q's dtype: the weights, negative where dropped.
+
+    They are those before dropout, unscaled. Quadratic memory. Of packed sequences seqlen_q and
+    seqlen_k are max_seqlen, and 0 follows what exists.
+    """
+    signed = q.new_zeros(spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
+    if spec.varlen is None:
+        calls = [(0, spec, q, k)]
+    else:
+        calls = [
+            (b, one, q[None, queries], k[None, keys])
+            for b, (one, queries, keys) in enumerate(_one_by_one(spec, sequences))
+        ]
+    for b, one, q_b, k_b in calls:
+        q_b, k_b = _head_major(one, q_b, k_b)
+        scores = modify(q_b @ k_b.transpose(-1, -2) * one.softmax_scale, one, extras, b)
+        scores = with_sinks(mask(scores, one, extras, b), one, extras)
+        p = scores.softmax(dim=-1).nan_to_num(0.0)[..., : one.seqlen_k]
+        factor = dropout_factor(one, extras, q.device, b)
+        p = torch.where(torch.as_tensor(factor, device=q.device) == 0.0, -p, p)
+        signed[b : b + one.batch, :, : one.seqlen_q, : one.seqlen_k] = p
+    return signed
 
 
 def with_sinks(scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors) -> torch.Tensor:

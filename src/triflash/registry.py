@@ -155,7 +155,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         summary="FlashAttention-3 for Hopper in Gluon",
         forward="triflash.kernels.v3.forward:forward",
         backward="triflash.kernels.v3.backward:backward",
-        features=frozenset({"varlen"}),
+        features=frozenset(
+            {"window", "softcap", "alibi", "score_mod", "mask_mod", "block_mask", "sinks", "varlen"}
+        ),
         dtypes=(torch.float16, torch.bfloat16),
         deterministic=False,  # dq is added up in any order
         obeys_deterministic=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ FEATURES = {
     "mask_mod": "mask modifications (mask_mod)",
     "block_mask": "block masks (block_mask)",
     "sinks": "attention sinks (sinks)",
+    "dropout": "dropout (dropout_p)",
     "varlen": "packed sequences (cu_seqlens_q)",
 }
 
@@ -71,6 +72,11 @@ class Blocks:
         return -(-self.seqlen_q // self.size_q), -(-self.seqlen_k // self.size_k)
 
     @property
+    def text(self) -> str:
+        of_all = (self.batch, self.nheads, self.seqlen_q, self.seqlen_k)  # no astuple: Dynamo
+        return ",".join(map(str, (self.size_q, self.size_k, *of_all)))
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of the tensors called BLOCK_LISTS."""
         of_q, of_k = self.counts
@@ -99,6 +105,7 @@ class Features:
         sinks: each head's softmax has a score more, in the last of the extras.
         with_grad: names of the extras whose gradients are wanted.
         blocks: the lists of a block mask, which is that of causal, window and mask_mod.
+        dropout_p: which share of the weights is dropped, a multiple of 2^-16.
     """
 
     window_left: int | None = None
@@ -108,6 +115,7 @@ class Features:
     sinks: bool = False
     with_grad: tuple[str, ...] = ()
     blocks: Blocks | None = None
+    dropout_p: float = 0.0
 
     @property
     def mods(self) -> tuple[Mod, ...]:
@@ -120,7 +128,8 @@ class Features:
         for mod in self.mods:
             names.update((a, None) for a in mod.aux if isinstance(a, str))
         lists = () if self.blocks is None else BLOCK_LISTS
-        return (*names, *lists, *(("sinks",) if self.sinks else ()))
+        seed = () if self.dropout_p == 0.0 else ("dropout_seed",)
+        return (*names, *lists, *seed, *(("sinks",) if self.sinks else ()))
 
     def named(self, extras: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The extras by their names."""
@@ -142,7 +151,8 @@ class Features:
         used += [m.key if m.key in FEATURES else "score_mod" for m in self.score_mods]
         used += [] if self.mask_mod is None else ["mask_mod"]
         used += [] if self.blocks is None else ["block_mask"]
-        return (*used, "sinks") if self.sinks else tuple(used)
+        used += ["sinks"] if self.sinks else []
+        return tuple(used) if self.dropout_p == 0.0 else (*used, "dropout")
 
     @property
     def text(self) -> str:
@@ -161,7 +171,9 @@ class Features:
         if self.with_grad:
             parts.append("grad=" + ",".join(self.with_grad))
         if self.blocks is not None:
-            parts.append("blocks=" + ",".join(map(str, astuple(self.blocks))))
+            parts.append("blocks=" + self.blocks.text)
+        if self.dropout_p != 0.0:
+            parts.append(f"dropout={self.dropout_p}")
         return ";".join(parts)
 
 
@@ -184,6 +196,8 @@ def features_of_text(text: str) -> Features:
             features = replace(features, with_grad=(first, *rest))
         elif field == "blocks":
             features = replace(features, blocks=Blocks(*map(int, (first, *rest))))
+        elif field == "dropout":
+            features = replace(features, dropout_p=float(first))
         else:
             mod = Mod(first, tuple(map(_number_or_name, rest)))
             if field == "score":
@@ -520,6 +534,11 @@ def _check_extras(
                     "alibi_slopes must have shape (nheads,) or (batch, nheads), here "
                     f"{allowed[0]} or {allowed[1]}, got {tuple(tensor.shape)}"
                 )
+        elif name == "dropout_seed":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"dropout_seed must be int64, got {tensor.dtype}")
+            if tuple(tensor.shape) != (1,):
+                raise ValueError(f"dropout_seed must have shape (1,), got {tuple(tensor.shape)}")
         elif name == "sinks":
             if tensor.dtype not in (torch.float32, spec.dtype):
                 raise TypeError(

@@ -55,6 +55,7 @@ class Case:
         bias: which of batch, nheads, seqlen_q and seqlen_k a learnable bias has, say "hqk"; the
             others are 1. "" for none. "-" makes it hide keys, "expanded" and "float32" say what
             else it is beside contiguous and of q's dtype.
+        dropout_p: by the seed of the case.
     """
 
     batch: int = 2
@@ -81,6 +82,7 @@ class Case:
     block_heads: bool = False
     sinks: torch.dtype | None = None
     bias: str = ""
+    dropout_p: float = 0.0
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of q, k, v and out."""
@@ -128,6 +130,8 @@ class Case:
             "score_mod": self.score_mod,
             "sinks": sinks,
             "bias": self._bias(device) if self.bias else None,
+            "dropout_p": self.dropout_p,
+            "dropout_seed": torch.tensor([self.seed + 2**40], device=device),
         }
         if self.block_size is None:
             masks = {"window_size": self.window_size, "mask_mod": self.mask_mod}
@@ -191,6 +195,8 @@ class Case:
             parts.append(f"{_short(self.sinks)} sinks")
         if self.bias:
             parts.append(f"bias {self.bias}")
+        if self.dropout_p:
+            parts.append(f"dropout={self.dropout_p:g}")
         return " ".join(parts)
 
 
@@ -366,7 +372,8 @@ def pytorch_attention(
         lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
     else:
         lse = scores.sum(dim=-1) + float("-inf")
-    return (p @ v).transpose(1, 2), lse
+    p = p * reference.dropout_factor(spec, extras, q.device)
+    return (p.to(v.dtype) @ v).transpose(1, 2), lse
 
 
 def baseline(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -427,10 +434,12 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
     score_error = u * (products + lse.abs().nan_to_num(posinf=0.0))
     p_error = p * (u + score_error)
 
+    factor = q.new_ones(()) * reference.dropout_factor(spec, tensors, q.device)
+    factor = F.pad(factor.expand(*p.shape[:-1], spec.seqlen_k), (0, sinks))
     v = F.pad(v, (0, 0, 0, sinks))
-    out = p @ v
-    ds = dout @ v.transpose(-1, -2) - (out * dout).sum(dim=-1, keepdim=True)
-    products = dout.abs() @ v.abs().transpose(-1, -2)
+    out = (p * factor) @ v
+    ds = (dout @ v.transpose(-1, -2)) * factor - (out * dout).sum(dim=-1, keepdim=True)
+    products = (dout.abs() @ v.abs().transpose(-1, -2)) * factor
     products = products + (out * dout).abs().sum(dim=-1, keepdim=True)
     if inputs.dlse is not None:
         dlse = inputs.dlse.double().unsqueeze(-1)
@@ -446,7 +455,8 @@ def float32_noise(case: Case, inputs: Inputs) -> dict[str, float]:
         for x in (ds, ds_error)
     ]
     ds, ds_error = ((d[0] * spec.softmax_scale).square() for d in dleaves)
-    p_error, p = p_error.square(), p.square()
+    factor = factor[..., : spec.seqlen_k]
+    p_error, p = (p_error * factor).square(), (p * factor).square()
     squares = {
         "out": (p_error + keys * p) @ v.square(),
         "lse": score_error.square(),

@@ -164,7 +164,7 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if spec.dtype == torch.float32:
         beside = _modifies(spec) or spec.features.sinks
         if beside and d <= 64 and dot_precision(spec, target) == "ieee":
-            return TileConfig(32, 64, 8, 2)  # 64 queries spill
+            return TileConfig(32, 32 if spec.features.dropout_p else 64, 8, 2)  # more spills
         return _float32(_FLOAT32_FORWARD, spec, target)
     if target.kind == "hip":
         return TileConfig(64, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 1)
@@ -173,6 +173,8 @@ def v2_forward(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig
     if d <= 64:
         # Measured with TMA: 394-458 against 360-428 with 64 keys a step, whose softmax bookkeeping
         # (maximum, rescaling) comes twice as often. Without TMA three stages of 64 were fastest.
+        if use_tma and spec.features.blocks is not None:
+            return TileConfig(128, 128, 8, 2)  # 4 warps spill
         if use_tma:
             return TileConfig(64, 128, 4, 2)
         return TileConfig(64, 64, 4, 3)
@@ -214,15 +216,19 @@ def v2_dkdv(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
         return TileConfig(32, 32, 8, 2 if target.sm == 80 or _has_227_kib(target) else 1)
     if use_tma:
         if d <= 64:
-            # Measured: 438-501; every other size stayed under 320. Modified scores would spill.
-            return TileConfig(64 if _modifies(spec) else 128, 64, 4, 2)
+            # Measured: 438-501; every other size stayed under 320. Modified scores would spill,
+            # and block masks do.
+            plain = not _modifies(spec) and spec.features.blocks is None
+            return TileConfig(128 if plain else 64, 64, 4, 2)
         if d <= 128:
             # Measured: 462-553 against 405-512 with 128 keys and 8 warps: two small programs on a
             # multiprocessor hide each other's waiting. Masked head dimensions would spill there,
             # masks on both sides and modified scores too: softcap 6.46 ms against 6.92 with 64
-            # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32.
+            # queries at 8192. ALiBi does not: 4.52 ms against 4.87 with 32. Nor do block masks:
+            # 1.195 ms against 1.288, and 2.97 with 8 warps for both kernels.
             roomy = _fills_tiles(spec) and not _masks_both_sides(spec)
-            roomy = roomy and _in_the_loop(spec) in ((), ("window",), ("alibi",))
+            mask = ("mask_mod", "block_mask")
+            roomy = roomy and _in_the_loop(spec) in ((), ("window",), ("alibi",), mask)
             return TileConfig(64 if roomy else 32, 64, 4, 2)
         # Measured: 64 x 64 gives 300 instead of 220 when full, but spills when causal.
         return TileConfig(32, 64, 8, 2)
@@ -269,8 +275,25 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     v2's, its backward 1.11 to 3 times. Other head dimensions are taken to be like them. Less work
     than was measured goes to v2: few queries or few heads would leave multiprocessors without a
     tile.
+
+    Packed sequences of 128 on average run 1.04 times as fast at d128, but 0.67 at d64, where those
+    of 320 have 0.88 forward and 0.99 backward; 4096 rows in all 1.12 and 1.5.
     """
+    if spec.varlen is not None:
+        mean = min(spec.varlen.rows_q, spec.varlen.rows_k) // max(1, spec.batch)
+        return mean >= (512 if _widest(spec) <= 64 else 256) and _flops(spec) > 1e10
     return min(spec.seqlen_q, spec.seqlen_k) >= 512 and _flops(spec) > 3e10
+
+
+def v3_fuses(spec: AttentionSpec) -> bool:
+    """Whether v3's forward takes softcap or ALiBi in its fused form.
+
+    It must be the only score modification, and the scale so large that no constant overflows.
+    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
+    """
+    return tuple(mod.key for mod in spec.features.score_mods) in (("softcap",), ("alibi",)) and (
+        spec.softmax_scale > 1e-6
+    )
 
 
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
@@ -288,6 +311,11 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
     stages_q, alias = 1, False
+    # Measured at d128 causal, 8192, as parts of plain's speed: all of q in registers 0.67 for
+    # softcap, 0.77 for ALiBi, none 0.79 and 0.89; half of it 0.78 and 0.79 for a mask and a score
+    # modification of users, none 0.75 and 0.77.
+    half_q = widths == (128,) and bool(spec.features.mods)
+    half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
     if max(total, total_v) <= 64:
         # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
         # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
@@ -296,6 +324,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
+            # Measured: softcap at 8192 causal 0.67 of plain, 0.64 with 128 keys.
             consumers, block_n, most = 3, 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
@@ -333,8 +362,9 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683. Modifications need them.
-        q_in_registers=consumers == 2 and not spec.features.mods,
+        # with d256 causal at 16384: no difference; full 716 against 683.
+        q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
+        half_q=half_q,
         alias=alias,
     )
 
@@ -355,16 +385,17 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
-    backwards = spec.deterministic and (spec.causal or "window" in spec.features.uses)
+    uses = spec.features.uses
+    backwards = spec.deterministic and (spec.causal or "window" in uses)
     d = _widest(spec)
     if d <= 64 and spec.features.mods:
         # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
         # of p is not p: then p must go before.
         return HopperBackwardConfig(
-            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in spec.features.uses,
+            128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
             fold=False, backwards=backwards,
         )  # fmt: skip
-    plain = not spec.features.uses and spec.varlen is None
+    plain = not uses and spec.varlen is None
     if d <= 64:
         if plain and _walks_whole_heads(spec, target):
             # Measured at 512: 351 full, 226 causal against 298 and 186 with a program a tile, 340
@@ -391,10 +422,10 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
                 programs=programs, kv_stages=kv_stages,
             )  # fmt: skip
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
-        # and 489 with neither lag nor late_dv.
+        # and 489 with neither lag nor late_dv. But packed, with a mask of keys, 447 against 433.
         return HopperBackwardConfig(
-            128, 128, 64, 64, 2, 2, late_dv=True, fold=False, lag=True, programs=programs,
-            kv_stages=kv_stages,
+            128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
+            programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
     if d <= 128 and spec.features.mods:
         return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
@@ -416,8 +447,9 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     return HopperBackwardConfig(
-        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, backwards=backwards, wide=True
-    )
+        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
+        backwards=backwards, wide=True,
+    )  # fmt: skip
 
 
 def _walks_whole_heads(spec: AttentionSpec, target: Target) -> bool:
@@ -712,10 +744,11 @@ def _vectorises(spec: AttentionSpec) -> bool:
 
 def _loads_modifications(spec: AttentionSpec) -> bool:
     """Whether functions of users load from tensors; what they load for a tile, Triton may keep in
-    shared memory, once for each stage."""
+    shared memory, once for each stage. A block mask loads in few blocks, outside of the stages."""
+    features = spec.features
     return any(
         any(isinstance(a, str) for a in mod.aux) and mod.key != "alibi"
-        for mod in spec.features.mods
+        for mod in (features.mods if features.blocks is None else features.score_mods)
     )
 
 
@@ -730,7 +763,8 @@ def _with_loads(spec: AttentionSpec, target: Target) -> TileConfig:
     if spec.dtype == torch.float32:
         return TileConfig(32, 32 if d <= 64 else 16, 8, 1)
     if _has_227_kib(target) and d <= 128 and _vectorises(spec):
-        return TileConfig(128, 64, 8, 2)
+        # Measured with documents at d128: 1.451 ms against 1.829 with 128 queries and 8 warps.
+        return TileConfig(128, 64, 8, 2) if _modifies(spec) else TileConfig(64, 64, 4, 2)
     return TileConfig(32 if d > 128 else 64, 32, 4, 1)
 
 
@@ -740,7 +774,9 @@ def _with_loads_backward(spec: AttentionSpec, target: Target) -> TileConfig:
     if spec.dtype == torch.float32:
         return TileConfig(16, 32 if d <= 64 else 16, 8, 1)
     if _has_227_kib(target) and d <= 128 and _vectorises(spec):
-        return TileConfig(64, 64, 8, 2)
+        # Measured with documents at d128: 4.02 ms with both kernels so against 8.49 with 8 warps,
+        # though dkdv spills; 4.40 with 32 queries there.
+        return TileConfig(64, 64, 8 if _modifies(spec) else 4, 2)
     return TileConfig(32, 32, 8 if d > 64 else 4, 1)
 
 
@@ -755,8 +791,8 @@ def _in_the_loop(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 def _modifies(spec: AttentionSpec) -> bool:
-    """Whether scores are modified: a backward then holds them beside p and ds."""
-    return bool(spec.features.score_mods)
+    """Whether scores are modified or weights dropped, which a kernel then holds beside others."""
+    return bool(spec.features.score_mods) or spec.features.dropout_p > 0.0
 
 
 def _fills_tiles(spec: AttentionSpec) -> bool:

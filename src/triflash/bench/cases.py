@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from triflash.bench import contestants
+from triflash.bench import contestants, variants
 from triflash.bench.record import dtype_options
 from triflash.testing import Case
 
@@ -132,6 +132,13 @@ def _paper() -> list[Cell]:
     return cells
 
 
+def _variants() -> list[Cell]:
+    sizes = ((2, 8192), (8, 2048))
+    return [
+        Cell(case, (FWD, BWD)) for b, s in sizes for case in variants.variants(_case(b, s, 16, 128))
+    ]
+
+
 def _overhead() -> list[Cell]:
     # Small enough for the GPU to be done before Python is.
     return [Cell(_case(1, 128, 8, 64), (FWD, BWD, BOTH))]
@@ -233,6 +240,15 @@ PRESETS: dict[str, Preset] = {
             seeds="FlashAttention-2 and -3, section 4.1",
         ),
         Preset(
+            "variants",
+            "windows, softcap, ALiBi, modifications, documents: against plain attention and "
+            "FlexAttention",
+            TIME,
+            _variants,
+            lambda: [*contestants.first_choice(), "flex", "fa2", "fa3", "fa3_fwd", "sdpa_cudnn"],
+            plan=Plan("sustained", rounds=3, round_ms=60.0, settle_ms=40.0),
+        ),
+        Preset(
             "overhead",
             "microseconds of Python a call",
             frozenset({"host"}),
@@ -275,7 +291,7 @@ def tiny(cells: Iterable[Cell]) -> list[Cell]:
         case = cell.case
         group = case.nheads // case.nheads_k
         nheads_k = min(case.nheads_k, 2 // min(group, 2))
-        shrunk = replace(
+        shrunk = variants.shrunk(
             case,
             batch=1,
             seqlen_q=_tiny_length(case.seqlen_q),

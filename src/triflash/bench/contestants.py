@@ -18,8 +18,13 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from triflash import registry, testing
+from triflash import mods, registry, testing
+from triflash.bench import variants
+from triflash.bench.variants import VariantCase
 from triflash.interface import attention
+from triflash.packed import flash_attn_varlen_func
+from triflash.spec import Varlen
+from triflash.target import target_of
 from triflash.testing import Case, Inputs
 
 Tensor = torch.Tensor
@@ -34,6 +39,7 @@ class Bound:
         leaves: q, k and v as it wants them, requiring gradients.
         dout: what its backward gets, in out's layout.
         heads_first: its layout is (batch, nheads, seqlen, headdim), as views of the same memory.
+        packed: the batch entries that its layout (total, nheads, headdim) is packed of, or 0.
         context: what has to be on while it runs, such as a pinned backend.
     """
 
@@ -41,6 +47,7 @@ class Bound:
     leaves: tuple[Tensor, Tensor, Tensor]
     dout: Tensor
     heads_first: bool = False
+    packed: int = 0
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def gradients(self, out: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
@@ -48,6 +55,8 @@ class Bound:
 
     def standard(self, x: Tensor) -> Tensor:
         """A result as (batch, seqlen, nheads, headdim)."""
+        if self.packed:
+            return x.unflatten(0, (self.packed, -1))
         return x.transpose(1, 2) if self.heads_first else x
 
 
@@ -65,6 +74,7 @@ class Contestant:
         quadratic: it holds all scores in memory.
         first_call_s: seconds that its first call of a case may take to compile, for the estimate.
         package: whose version goes into the record.
+        has: what beside plain attention it can, of variants.NEEDS.
     """
 
     name: str
@@ -78,6 +88,7 @@ class Contestant:
     quadratic: bool = False
     first_call_s: float = 0.1
     package: str | None = None
+    has: frozenset[str] = frozenset()
 
     def version(self) -> str | None:
         """The version of the package it comes from, None for triflash and PyTorch themselves."""
@@ -103,28 +114,57 @@ def _leaves(inputs: Inputs, heads_first: bool) -> tuple[tuple[Tensor, Tensor, Te
     )
 
 
+def _is_packed(case: Case) -> bool:
+    return isinstance(case, VariantCase) and case.packed
+
+
+def _bind_packed(case: Case, inputs: Inputs, function: Callable[..., Any], **options: Any) -> Bound:
+    """A function with flash-attn's parameters on the documents of a case as packed sequences."""
+    q, k, v, dout = (t.flatten(0, 1) for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
+    starts, longest = variants.cu_seqlens(case, inputs.q.device)
+
+    def call() -> Tensor:
+        out = function(*leaves, starts, starts, longest, longest, causal=case.causal, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return Bound(call, leaves, dout, packed=case.batch)
+
+
 def _row(row: registry.Implementation) -> Contestant:
     def bind(case: Case, inputs: Inputs) -> Bound:
+        if _is_packed(case):
+            return _bind_packed(case, inputs, flash_attn_varlen_func, implementation=row.name)
         leaves, dout = _leaves(inputs, heads_first=False)
+        causal = case.causal and case.block_size is None  # a block mask has its own
 
         def call() -> Tensor:
             out = attention(
                 *leaves,
-                causal=case.causal,
+                causal=causal,
                 allow_tf32=case.allow_tf32,
                 implementation=row.name,
+                **inputs.extras,
             )
             assert isinstance(out, Tensor)
             return out
 
         return Bound(call, leaves, dout)
 
+    def unsupported(case: Case, device: torch.device) -> str | None:
+        if not _is_packed(case):
+            return testing.unsupported(case, row.name, device)
+        spec = replace(case, mask_mod=None, make_aux=None).spec()
+        rows = case.batch * case.seqlen_q
+        return row.supports(replace(spec, varlen=Varlen(rows, rows)), target_of(device))
+
     return Contestant(
         row.name,
         f"triflash {row.name}",
         row.summary,
         bind,
-        unsupported=lambda case, device: testing.unsupported(case, row.name, device),
+        unsupported=unsupported,
+        has=frozenset(variants.NEEDS),
         ours=True,
         backward=row.backward is not None,
         quadratic=row.name == "reference",
@@ -143,6 +183,12 @@ def _products(case: Case) -> Iterator[None]:
 
 
 def _bind_naive(case: Case, inputs: Inputs) -> Bound:
+    if isinstance(case, VariantCase):
+        masked = variants.masked(case)
+        spec, extras = masked.spec(), masked.extras(inputs.q.device)
+        tensors = mods.features_of(**extras)[1]
+        leaves, dout = _leaves(inputs, heads_first=False)
+        return Bound(lambda: testing.pytorch_attention(*leaves, spec, tensors)[0], leaves, dout)
     leaves, dout = _leaves(inputs, heads_first=True)
     spec = case.spec()
     shape = (case.seqlen_q, case.seqlen_k)
@@ -210,13 +256,12 @@ def _bind_flex(case: Case, inputs: Inputs) -> Bound:
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     leaves, dout = _leaves(inputs, heads_first=True)
-    shift = case.seqlen_k - case.seqlen_q
+    device = inputs.q.device
+    score_mod, mask_mod = variants.flex_functions(case, device)
     mask = None
-    if case.causal:
-        mask = create_block_mask(
-            lambda b, h, q_idx, kv_idx: q_idx + shift >= kv_idx,
-            None, None, case.seqlen_q, case.seqlen_k, device=inputs.q.device,
-        )  # fmt: skip
+    if mask_mod is not None:
+        sizes = (case.seqlen_q, case.seqlen_k)
+        mask = create_block_mask(mask_mod, None, None, *sizes, device=device)
     grouped = case.nheads != case.nheads_k
 
     @contextmanager
@@ -227,7 +272,7 @@ def _bind_flex(case: Case, inputs: Inputs) -> Bound:
             yield
 
     def call() -> Tensor:
-        return compiled(*leaves, block_mask=mask, enable_gqa=grouped)
+        return compiled(*leaves, score_mod=score_mod, block_mask=mask, enable_gqa=grouped)
 
     return Bound(call, leaves, dout, heads_first=True, context=context)
 
@@ -262,11 +307,21 @@ def _dao(
     """The FlashAttention packages have one signature; newer ones return (out, lse)."""
 
     def bind(case: Case, inputs: Inputs) -> Bound:
-        function = importlib.import_module(module).flash_attn_func
+        package = importlib.import_module(module)
+        if _is_packed(case):
+            return _bind_packed(case, inputs, package.flash_attn_varlen_func)
+        function = package.flash_attn_func
         leaves, dout = _leaves(inputs, heads_first=False)
+        options: dict[str, Any] = {}
+        if case.window_size[0] is not None:
+            options["window_size"] = case.window_size
+        if case.softcap:
+            options["softcap"] = case.softcap
+        if case.alibi:
+            options["alibi_slopes"] = inputs.extras["alibi_slopes"]
 
         def call() -> Tensor:
-            out = function(*leaves, causal=case.causal)
+            out = function(*leaves, causal=case.causal, **options)
             return out[0] if isinstance(out, tuple) else out
 
         return Bound(call, leaves, dout)
@@ -296,6 +351,7 @@ def _xformers_unsupported(case: Case, device: torch.device) -> str | None:
     return _gpu_only(case, device)
 
 
+_FA3 = frozenset({"window", "softcap", "varlen"})
 CONTESTANTS: tuple[Contestant, ...] = (
     *(_row(row) for row in registry.IMPLEMENTATIONS),
     Contestant(
@@ -304,6 +360,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
         "softmax(q k^T) v as one writes it in PyTorch, every step in the dtype of the inputs",
         _bind_naive,
         quadratic=True,
+        has=frozenset(variants.NEEDS),
     ),
     _sdpa("sdpa_flash", "SDPA flash", SDPBackend.FLASH_ATTENTION),
     _sdpa("sdpa_cudnn", "SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
@@ -315,17 +372,21 @@ CONTESTANTS: tuple[Contestant, ...] = (
         "PyTorch's flex_attention, compiled for each shape",
         _bind_flex,
         unsupported=_gpu_only,
+        has=frozenset(variants.NEEDS),
         first_call_s=6.0,
     ),
-    _dao("fa2", "FlashAttention-2", "flash-attn 2", "flash_attn", "flash-attn"),
+    _dao(
+        "fa2", "FlashAttention-2", "flash-attn 2", "flash_attn", "flash-attn",
+        has=frozenset({"window", "softcap", "alibi", "varlen"}),
+    ),
     _dao(
         "fa3", "FlashAttention-3", "FlashAttention-3 of the flash-attn repository, hopper/",
-        "flash_attn_interface", "flash-attn-3",
+        "flash_attn_interface", "flash-attn-3", has=_FA3,
     ),
     _dao(
         "fa3_fwd",
         "FlashAttention-3 (fa3-fwd)", "FlashAttention-3 as the forward-only wheel fa3-fwd",
-        "fa3_fwd_interface", "fa3-fwd", backward=False,
+        "fa3_fwd_interface", "fa3-fwd", backward=False, has=_FA3,
     ),
     _dao(
         "fa4", "FlashAttention-4", "FlashAttention-4 in the CuTe DSL, Hopper and Blackwell",
@@ -366,7 +427,8 @@ def first_choice() -> list[str]:
 
 def refusal(contestant: Contestant, case: Case, device: torch.device) -> str | None:
     """Why it cannot run the case here, None if it can as far as it says."""
-    return contestant.missing() or contestant.unsupported(case, device)
+    lacks = variants.lacks(case, contestant.has)
+    return contestant.missing() or lacks or contestant.unsupported(case, device)
 
 
 def explain(error: BaseException, heard: list[warnings.WarningMessage]) -> str:

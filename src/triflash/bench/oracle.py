@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from triflash import testing
+from triflash.bench import variants
 from triflash.bench.contestants import Bound, with_head
 from triflash.testing import Case, Inputs
 
@@ -58,6 +59,8 @@ class Oracle:
 
     def __init__(self, case: Case, inputs: Inputs, whole: bool = False) -> None:
         self._parts: list[_Part] = []
+        case = variants.masked(case)
+        extras = case.extras(inputs.q.device)
         if whole:
             corners = [(slice(None), slice(None), slice(None), case)]
         else:
@@ -74,6 +77,7 @@ class Oracle:
                 inputs.v[batch, :, heads_k],
                 inputs.dout[batch, :, heads],
                 None,
+                variants.part_of(extras, batch, heads),
             )
             expected = testing.oracle(part, of)
             allowed = testing.budget(part, of, expected)

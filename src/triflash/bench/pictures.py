@@ -27,6 +27,7 @@ from triflash.bench.tables import (
     timed,
     where,
 )
+from triflash.bench.variants import NAMES
 
 # Ours in blue and green, PyTorch's in warm colours, the packages in violet and grey.
 _COLOURS = {
@@ -181,6 +182,35 @@ def _paper(direction: str) -> Callable[[Sequence[Record]], Figure | None]:
         return figure
 
     return make
+
+
+def _variants(direction: str) -> Callable[[Sequence[Record]], Figure | None]:
+    def make(records: Sequence[Record]) -> Figure | None:
+        mine = [r for r in _of(records, "variants", direction) if r["tflops"] is not None]
+        if not mine:
+            return None
+        lengths = sorted({r["seqlen_q"] for r in mine}, reverse=True)
+        title = f"{TITLES[direction]}: TFLOP/s of the pairs that are visible"
+        figure = _figure(title, mine, (13, 3.4 * len(lengths) + 0.8))
+        names = ordered(r["contestant"] for r in mine)
+        grid = figure.subplots(len(lengths), 1, squeeze=False)
+        for axes, seqlen in zip(grid[:, 0], lengths, strict=True):
+            part = [r for r in mine if r["seqlen_q"] == seqlen]
+            values = {(r["contestant"], _wrapped(r["variant"])): r["tflops"] for r in part}
+            present = {r["variant"] for r in part}
+            groups = [_wrapped(name) for name in NAMES if name in present]
+            _grouped_bars(axes, names, groups, values)
+            axes.set_title(constants(part, ("variant",)), fontsize="small")
+            axes.set_ylabel("TFLOP/s")
+        handles = [Patch(color=_colour(name), label=label(name)) for name in names]
+        figure.legend(handles=handles, loc="outside right center", frameon=False)
+        return figure
+
+    return make
+
+
+def _wrapped(variant: str) -> str:
+    return variant.replace(", ", ",\n")
 
 
 def _grouped_bars(
@@ -449,4 +479,6 @@ PICTURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "memory": _memory,
     "roofline": _roofline,
     "overhead": _overhead,
+    "variants_forward": _variants("fwd"),
+    "variants_backward": _variants("bwd"),
 }

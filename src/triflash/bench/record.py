@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from triflash.bench import variants
 from triflash.testing import Case
 
 Record = dict[str, Any]
@@ -20,10 +21,10 @@ DTYPES = ("float16", "bfloat16", "float32", "tf32")
 # Every record has every field; docs/benchmarks.md says what each one means.
 IDENTITY = (
     "preset", "contestant", "direction", "dtype", "batch", "seqlen_q", "seqlen_k", "nheads",
-    "nheads_k", "head_dim", "causal",
+    "nheads_k", "head_dim", "causal", "variant",
 )  # fmt: skip
 RESULTS = (
-    "ms_median", "ms_iqr", "rounds", "mode", "tflops", "host_us_median", "host_us_iqr",
+    "visible", "ms_median", "ms_iqr", "rounds", "mode", "tflops", "host_us_median", "host_us_iqr",
     "peak_mib", "inputs_mib", "outputs_mib", "workspace_mib",
     "err_out", "err_dq", "err_dk", "err_dv", "error_ratio",
     "matmul_tflops", "copy_gbs", "peak_tflops", "peak_gbs", "clock_mhz", "power_w",
@@ -50,6 +51,8 @@ def new(preset: str, contestant: str, direction: str, case: Case, **known: Any) 
         nheads_k=case.nheads_k,
         head_dim=case.headdim,
         causal=case.causal,
+        variant=getattr(case, "variant", None),
+        visible=variants.visible(case),
     )
     unknown = known.keys() - record.keys()
     assert not unknown, f"not a field of a record: {', '.join(sorted(unknown))}"
@@ -73,11 +76,13 @@ def key(record: Record) -> tuple[Any, ...]:
 
 
 def flops(record: Record) -> float:
-    """As the papers count: two products of 2 Sq Sk D forward, five backward; half when causal."""
+    """As the papers count: two products of 2 Sq Sk D forward, five backward; half when causal, and
+    of a variant the share that it shows."""
     products = {"fwd": 2.0, "bwd": 5.0, "fwd+bwd": 7.0}[record["direction"]]
     heads = record["batch"] * record["nheads"]
     size = record["seqlen_q"] * record["seqlen_k"] * record["head_dim"]
-    return products * 2.0 * heads * size * (0.5 if record["causal"] else 1.0)
+    share = record["visible"] or (0.5 if record["causal"] else 1.0)
+    return products * 2.0 * heads * size * share
 
 
 def itemsize(record: Record) -> int:
@@ -99,7 +104,8 @@ def load(paths: Iterable[Path]) -> list[Record]:
         if not isinstance(content, list):
             raise ValueError(f"{path} must hold a list of records, got {type(content).__name__}")
         for record in content:
-            missing = [f for f in IDENTITY if not isinstance(record, dict) or f not in record]
+            wanted = (f for f in IDENTITY if f != "variant")  # which older files have not
+            missing = [f for f in wanted if not isinstance(record, dict) or f not in record]
             if missing:
                 raise ValueError(f"{path} holds a record without {', '.join(missing)}")
             full = {**dict.fromkeys(FIELDS), **record}

@@ -14,11 +14,13 @@ from triflash.bench import machine
 from triflash.bench.cases import PRESETS
 from triflash.bench.contestants import CONTESTANTS, first_choice, names, ours
 from triflash.bench.record import DIRECTIONS, FIELDS, Record
+from triflash.bench.variants import NAMES
 
 TITLES = {"fwd": "Forward", "bwd": "Backward", "fwd+bwd": "Forward and backward"}
 HEADINGS = {
     "dtype": "dtype", "batch": "batch", "seqlen_q": "seqlen", "seqlen_k": "keys",
     "nheads": "heads", "nheads_k": "kv heads", "head_dim": "head dim", "causal": "mask",
+    "variant": "variant",
 }  # fmt: skip
 _OOM = "OOM"
 
@@ -172,6 +174,8 @@ def constants(records: Sequence[Record], besides: Sequence[str] = ()) -> str:
         if len(values) != 1 or name in besides:
             continue
         value = values.pop()
+        if value is None:
+            continue
         if name == "seqlen_k" and all(record["seqlen_q"] == value for record in records):
             continue
         if name == "nheads_k" and all(record["nheads"] == value for record in records):
@@ -527,6 +531,44 @@ def _custom_cell(record: Record | None) -> str:
     return text if record["tflops"] is None else f"{text} ({record['tflops']:.0f})"
 
 
+def _variants(records: list[Record]) -> list[Table]:
+    """Of each length and direction: TFLOP/s of what is visible, and as a share of plain causal."""
+    found = []
+    for seqlen in sorted({r["seqlen_q"] for r in records}, reverse=True):
+        for direction, mine in _by_direction([r for r in records if r["seqlen_q"] == seqlen]):
+            plain = {r["contestant"]: r for r in timed(mine, "tflops") if r["variant"] == NAMES[0]}
+            pivot = Pivot(mine, ("variant",))
+            pivot.rows.sort(key=lambda row: _place(row[0]))
+
+            def value(record: Record, cells: dict[str, Record], plain: Any = plain) -> str:
+                text = _tflops(record, cells)
+                own = plain.get(record["contestant"])
+                if own is None or record["tflops"] is None or own is record:
+                    return text
+                return f"{text} ({record['tflops'] / own['tflops']:.2f})"
+
+            table = pivot.table(
+                f"{TITLES[direction]}: TFLOP/s of the pairs that are visible (and as a share of "
+                f"the contestant's own causal), {constants(mine, ('variant', 'causal'))}",
+                value,
+                {f"ours / {label('flex')}": _over_flex},
+            )
+            table.notes += _spread_note(mine)
+            found.append(table)
+    return found
+
+
+def _place(variant: str) -> int:
+    return NAMES.index(variant) if variant in NAMES else len(NAMES)
+
+
+def _over_flex(cells: dict[str, Record]) -> str:
+    mine, flex = _fastest(cells, ours()), _fastest(cells, ["flex"])
+    if mine is None or flex is None:
+        return ""
+    return f"{flex['ms_median'] / mine['ms_median']:.2f}x ({mine['contestant']})"
+
+
 _BY_PRESET: dict[str, Callable[[list[Record]], list[Table]]] = {
     "paper": _paper,
     "tflops": _tflops_tables,
@@ -536,4 +578,5 @@ _BY_PRESET: dict[str, Callable[[list[Record]], list[Table]]] = {
     "memory": _memory,
     "error": _error,
     "overhead": _overhead,
+    "variants": _variants,
 }

@@ -125,6 +125,19 @@ def approximate_softcap(score, b, h, q_idx, kv_idx, aux):
 
 
 @triton.jit
+def fused_softcap(s, q_idx, kv_idx, seqlen_q, seqlen_k, constant):
+    """tanh(score / cap) of q k^T; constant: softmax_scale / cap."""
+    return approximate_tanh(s * constant)
+
+
+@triton.jit
+def softcap_constants(b, h, softmax_scale, aux):
+    """The factor of what fused_softcap gives that makes it a score, and its constant."""
+    # Finite, so that it makes 0 of 0.
+    return aux[0], tl.minimum(tl.maximum(softmax_scale * (1.0 / aux[0]), -3.0e38), 3.0e38)
+
+
+@triton.jit
 def softcap_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
     """1 - tanh^2."""
     t = tanh(score * (1.0 / aux[0]))
@@ -146,6 +159,19 @@ def alibi(score, b, h, q_idx, kv_idx, aux):
     # Subtracted as floats, a tile is converted by rows and columns.
     distance = (q_idx + (seqlen_k - seqlen_q)).to(tl.float32) - kv_idx.to(tl.float32)
     return score - tl.load(slopes + b * of_batch + h) * tl.abs(distance)
+
+
+@triton.jit
+def fused_alibi(s, q_idx, kv_idx, seqlen_q, seqlen_k, constant):
+    """alibi's score / softmax_scale of q k^T; constant: slope / softmax_scale."""
+    distance = (q_idx + (seqlen_k - seqlen_q)).to(tl.float32) - kv_idx.to(tl.float32)
+    return s - constant * tl.abs(distance)
+
+
+@triton.jit
+def alibi_constants(b, h, softmax_scale, aux):
+    """The factor of what fused_alibi gives that makes it a score, and its constant."""
+    return softmax_scale, tl.load(aux[0] + b * aux[1] + h) / softmax_scale
 
 
 @triton.jit

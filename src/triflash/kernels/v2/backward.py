@@ -18,6 +18,7 @@ import triton.language as tl
 
 from triflash import mods, tuning
 from triflash.kernels.common.blocks import block_list, most_listed, visited
+from triflash.kernels.common.dropout import kept, rescaling
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
@@ -72,17 +73,16 @@ def delta_kernel(Out, dOut, dLse, Delta, CuSeqlensQ, SeqUsedQ, total_q, stride_o
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockLists, CuSeqlensQ,
-                CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb,
-                stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
-                stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh,
-                stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q, seqlen_k,
-                window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockLists, Dropout,
+                CuSeqlensQ, CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale,
+                stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb,
+                stride_vs, stride_vh, stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks,
+                stride_dkh, stride_dvb, stride_dvs, stride_dvh, nheads_k, group_size, seqlen_q,
+                seqlen_k, window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, GQA: tl.constexpr,
-                CHECK_QUERIES: tl.constexpr,
-                PRECISION: tl.constexpr, USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr,
-                SIZE_K: tl.constexpr):  # fmt: skip
+                CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+                SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr, INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of keys of a key head: it walks the queries of all heads that share it.
 
     Scores are computed transposed, so that p and ds are left operands of the products they enter.
@@ -143,7 +143,8 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
             q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
             k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
             score_t = s_t * softmax_scale
-            s_t = modify(score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s_t = modify(score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
             s_t = s_t * LOG2_E - lse_to_log2(lse)[None, :]
         else:
             s_t = s_t * scale_log2 - lse_to_log2(lse)[None, :]
@@ -151,7 +152,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t)
         if CAUSAL or window_left is not None or window_right is not None:
@@ -166,17 +167,27 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
                 seen = visible(q_idx, k_idx, seqlen_q, seqlen_k, CAUSAL, True, window_left,
                                window_right)  # fmt: skip
                 p_t = tl.exp2(tl.where(seen, s_t, float("-inf")))
-        dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dropped_t = p_t
+        if Dropout is not None:
+            keep = kept(batch, head, start_m, start_n, tl.arange(0, BLOCK_M)[None, :],
+                        tl.arange(0, BLOCK_N)[:, None], Dropout)  # fmt: skip
+            dropped_t = tl.where(keep, p_t, 0.0)
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if BLOCK_M > 64:
             dp_t = tl.dot(v, dout.T, input_precision=PRECISION)
+        if Dropout is not None:
+            dp_t = tl.where(keep, dp_t * rescaling(Dropout), 0.0)
         delta = tl.load(Delta + row + start_m + offs_m, mask=in_rows, other=0.0)
         ds_t = p_t * (dp_t - delta[None, :])
         if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[None, :]
             k_idx = start_n + tl.arange(0, BLOCK_N)[:, None]
-            ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            ds_t = derive(ds_t, score_t, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                          INSIDE=INSIDE)  # fmt: skip
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
 
+    if Dropout is not None:
+        dv *= rescaling(Dropout)
     if SeqUsedK is not None:
         used = tl.arange(0, BLOCK_N)[:, None] < seqlen_k - start_n
         dk = tl.where(used, dk, 0.0)
@@ -194,15 +205,15 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, CuSeqlensQ, CuSeqlensK,
-              SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb, stride_qs, stride_qh,
-              stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb,
-              stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads, group_size,
-              seqlen_q, seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
+def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dropout, CuSeqlensQ,
+              CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb, stride_qs,
+              stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+              stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, nheads,
+              group_size, seqlen_q, seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
               HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
               CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+              SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr, INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of queries, as in the forward."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -255,7 +266,8 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, CuS
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
             score = s * softmax_scale
-            s = modify(score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s = modify(score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
             p = tl.exp2(s * LOG2_E - lse_log2[:, None])
         else:
             p = tl.exp2(s * scale_log2 - lse_log2[:, None])
@@ -270,17 +282,21 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, CuS
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 p = tl.where(seen, p, 0.0)
         v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if Dropout is not None:
+            keep = kept(batch, head, start_m, start_n, tl.arange(0, BLOCK_M)[:, None],
+                        tl.arange(0, BLOCK_N)[None, :], Dropout)  # fmt: skip
+            dp = tl.where(keep, dp * rescaling(Dropout), 0.0)
         ds = p * (dp - delta[:, None])
         if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
             ds = derive(ds, score, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
-                        SCATTER=True)  # fmt: skip
+                        SCATTER=True, INSIDE=INSIDE)  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tile(dQ, dq * softmax_scale, entry_q, head, start_m, stride_dqb, stride_dqs, stride_dqh,
                rows_q, HEADDIM, BLOCK_M, BLOCK_D)  # fmt: skip
@@ -316,6 +332,7 @@ def backward(
         dlse is not None and aligned(dlse), use_tma, kinds(*extras), sequences.given,
     )  # fmt: skip
     modifications, dextras = mods.for_backward(spec.features, extras)
+    dropout = mods.dropout_of(spec.features, extras)
 
     totals = sequences.totals(q, k)
     if lse.numel():
@@ -328,7 +345,8 @@ def backward(
         if written[0].numel():
             operands = _descriptors(launch.config, q, k, v, dout) if use_tma else (q, k, v, dout)
             with mods.explained(spec.features) if spec.features.mods else nullcontext():
-                launch(*operands, lse, delta, *written, *modifications, lists, *sequences, *totals)
+                rest = (*modifications, lists, dropout, *sequences, *totals)
+                launch(*operands, lse, delta, *written, *rest)
     return dq, dk, dv, *dextras(lse, delta)
 
 
@@ -386,7 +404,8 @@ def _prepare(
          *lengths, *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, spec.group_size > 1,
-         packed or spec.seqlen_q % (size_q or config.block_m) != 0, precision, use_tma, *sizes),
+         packed or spec.seqlen_q % (size_q or config.block_m) != 0, precision, use_tma, *sizes,
+         mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip
 
@@ -398,7 +417,7 @@ def _prepare(
          *window),
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n, block_d, block_dv,
          spec.causal, packed or spec.seqlen_k % (size_k or config.block_n) != 0, precision,
-         use_tma, *sizes),
+         use_tma, *sizes, mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip
     return delta, dkdv, dq

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from triflash import mods, tuning
 from triflash.kernels.common.blocks import block_list, visited
+from triflash.kernels.common.dropout import kept, rescaling
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
@@ -43,15 +44,16 @@ from triflash.target import Target, target_of
     ],
     do_not_specialize_on_alignment=PACKED,
 )  # fmt: skip
-def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuSeqlensQ, CuSeqlensK,
-                   SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb, stride_qs,
-                   stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                   stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q, seqlen_k,
-                   window_left, window_right, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, CHECK_KEYS: tl.constexpr,
-                   SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-                   SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr):  # fmt: skip
+def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dropout, CuSeqlensQ,
+                   CuSeqlensK, SeqUsedQ, SeqUsedK, total_q, total_k, softmax_scale, stride_qb,
+                   stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+                   stride_vh, stride_ob, stride_os, stride_oh, nheads, group_size, seqlen_q,
+                   seqlen_k, window_left, window_right, HEADDIM: tl.constexpr,
+                   HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
+                   CHECK_KEYS: tl.constexpr, SCALE_SIGN: tl.constexpr, PRECISION: tl.constexpr,
+                   USE_TMA: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr,
+                   INSIDE: tl.constexpr):  # fmt: skip
     """One program a block of queries; programs of one head are neighbours, to share k, v in L2.
 
     With CuSeqlensQ, a batch entry is a sequence of packed tensors, and seqlen_q and seqlen_k are
@@ -111,7 +113,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuS
         if ScoreMods is not None:
             q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
             k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-            s = modify(s * softmax_scale, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods)
+            s = modify(s * softmax_scale, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods,
+                       INSIDE)  # fmt: skip
         if MASKED:
             edge = start_n >= full
             if window_left is not None:
@@ -128,12 +131,16 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuS
             if partial:  # as every block is without lists
                 q_idx = start_m + tl.arange(0, BLOCK_M)[:, None]
                 k_idx = start_n + tl.arange(0, BLOCK_N)[None, :]
-                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod)
+                seen = shown(batch, head, q_idx, k_idx, seqlen_q, seqlen_k, MaskMod, INSIDE)
                 s = tl.where(seen, s, float("-inf"))
         hides: tl.constexpr = MASKED or MaskMod is not None or ScoreMods is not None
         m_i, p, alpha = softmax_step(s, m_i, scale_log2, hides)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
+        if Dropout is not None:  # of what meets v, not of lse
+            keep = kept(batch, head, start_m, start_n, tl.arange(0, BLOCK_M)[:, None],
+                        tl.arange(0, BLOCK_N)[None, :], Dropout)  # fmt: skip
+            p = tl.where(keep, p, 0.0)
         v = load_tile(V, entry_k, head_k, start_n, stride_vb, stride_vs, stride_vh, seqlen_k,
                       HEADDIM_V, BLOCK_N, BLOCK_DV, CHECK_KEYS, USE_TMA)  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -149,6 +156,8 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, CuS
             m_i = tl.where(used, m_i, float("-inf"))
             sink = tl.where(used, sink, float("-inf"))
     lse, normaliser = finish(m_i, l_i, sink)
+    if Dropout is not None:
+        normaliser *= rescaling(Dropout)
     store_tile(Out, acc * normaliser[:, None], entry_q, head, start_m, stride_ob, stride_os,
                stride_oh, rows_q, HEADDIM_V, BLOCK_M, BLOCK_DV)  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
@@ -187,7 +196,8 @@ def forward(
         modifications = mods.for_forward(spec.features, extras)
         lists = mods.key_lists(spec.features, extras)
         sinks = extras[-1] if spec.features.sinks else None
-        launch(q, k, v, out, lse, *modifications, lists, sinks, *sequences, *totals)
+        rest = (lists, sinks, mods.dropout_of(spec.features, extras), *sequences, *totals)
+        launch(q, k, v, out, lse, *modifications, *rest)
     return out, lse, []
 
 
@@ -219,6 +229,7 @@ def _prepare(
         (spec.headdim, spec.headdim_v, config.block_m, config.block_n,
          tuning.block_d(spec.headdim), tuning.block_d(spec.headdim_v), spec.causal,
          spec.varlen is not None or spec.seqlen_k % (size_k or config.block_n) != 0, sign,
-         tuning.dot_precision(spec, target), use_tma, size_q, size_k),
+         tuning.dot_precision(spec, target), use_tma, size_q, size_k,
+         mods.inside(spec, config.block_m, config.block_n)),
         config,
     )  # fmt: skip

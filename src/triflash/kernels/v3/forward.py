@@ -69,6 +69,7 @@ class Schedule:
     parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
+    edges: bool  # a causal mask may cut blocks behind a tile's first, or hide all keys from a row
     scale_sign: int  # of softmax_scale: -1, 0 or 1
     size_q: int | None  # of the blocks of a block mask
     size_k: int | None
@@ -166,6 +167,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             begin = 0
             end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
+        following = index + gl.num_programs(0)
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
@@ -194,16 +196,15 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                     row, _partial = visited(entries, row, C.size_k)
                 fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
                      p % STAGES, C.parts_v)  # fmt: skip
+            if C.dynamic:
+                # Every tile has a second step. Behind the last load the next tile would wait for
+                # the counter: 303 against 322 at d128 causal, 512.
+                if i == 1:
+                    following = gl.num_programs(0) + draw(Counter, tiles)
             n += 1
         n -= 1
         t += 1
-        if C.dynamic:
-            drawn = gl.atomic_add(Counter, 1)
-            if drawn == tiles - 1:  # the last draw of this launch: ready for the next one
-                gl.atomic_xchg(Counter, 0)
-            index = gl.num_programs(0) + drawn
-        else:
-            index += gl.num_programs(0)
+        index = following
     for w in gl.static_range(CONSUMERS):
         slot = t % STAGES_Q * CONSUMERS + w
         mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
@@ -212,6 +213,15 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
         else:
             publish(tile_smem, slot, (-1, 0, 0))
         mbarrier.arrive(q_full.index(slot), count=1)
+
+
+@gluon.jit
+def draw(Counter, tiles):
+    """How many tiles were drawn before; there is one draw a tile, the last of which leaves 0."""
+    drawn = gl.atomic_add(Counter, 1)
+    if drawn == tiles - 1:
+        gl.atomic_xchg(Counter, 0)
+    return drawn
 
 
 @gluon.jit
@@ -271,8 +281,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
         scale_log2 = 1.0
-    if ScoreMods is not None:  # which get scores in natural units
+    FUSED: gl.constexpr = ScoreMods is not None and len(ScoreMods[0]) == 3
+    if ScoreMods is not None and not FUSED:  # which get scores in natural units
         scale_log2 = LOG2_E
+    constant = softmax_scale
     LISTS: gl.constexpr = BlockLists is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     bars = (k_full, k_empty, v_full, v_empty)
@@ -294,6 +306,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             rows_q = read(tile_smem, C.fields * q_slot + 4)
             seqlen_q = read(tile_smem, C.fields * q_slot + 5)
             seqlen_k = read(tile_smem, C.fields * q_slot + 6)
+        if FUSED:
+            scale_log2, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+            scale_log2 *= LOG2_E
         first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
                                       ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
         start_m += W * ROWS
@@ -340,10 +355,12 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if LISTS:
             start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
-            s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), length_q,
-                       length_k, ScoreMods)  # fmt: skip
-        if C.causal or C.check_keys or WINDOW:
+            s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
+                         False)  # fmt: skip
+        if WINDOW:
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+        elif C.causal or C.check_keys:
+            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
         if MaskMod is not None:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
@@ -364,7 +381,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
                 edge = edge | (block < inner)
             if LISTS:
                 start_n, edge = visited(entries, start_n, C.size_k)
-            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale,
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
                                     scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
@@ -535,11 +552,61 @@ def keys_of(s, start_n):
 
 
 @gluon.jit
+def modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+             INSIDE: gl.constexpr):  # fmt: skip
+    """q k^T behind the scale and all modifications. constant: the scale, or that of a fused one."""
+    k_idx = keys_of(s, start_n)
+    if len(ScoreMods[0]) == 3:
+        s = ScoreMods[0][0](s, q_idx, k_idx, seqlen_q, seqlen_k, constant)
+    else:
+        s = modify(s * constant, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods, INSIDE)
+    return s
+
+
+@gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing.
+
+    It would compare and select in every block instead of branching, if a modification has computed
+    the indices of keys already: a fifth of a step.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
-    """Scores with -inf where causal or a window hides keys."""
+    """Scores with -inf where causal, a window or the end hides keys."""
     seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
                    window_right)  # fmt: skip
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
+    """`mask` without windows, for a tile's first block.
+
+    There LLVM would make a word of bits of the comparisons and take it apart again, 350
+    instructions: with `edges` 293 to 309 at d128 causal, 512.
+    """
+    N: gl.constexpr = s.shape[1] // 2  # elements of a thread
+    last = q_idx + (seqlen_k - seqlen_q) if CAUSAL else seqlen_k - 1
+    room, s = gl.broadcast(last - keys_of(s, start_n), s)
+    return gl.inline_asm_elementwise(
+        _HIDE(N), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
+    )
+
+
+@gluon.constexpr_function
+def _HIDE(n):
+    # The distance of a thread's columns from its first, against the room behind that in its row.
+    lines = ["{ .reg .pred p;"]
+    for i in range(n):
+        column, row = i // 4 * 8 + i % 2, i // 2 % 2
+        lines.append(f"setp.lt.s32 p, ${2 * n + 2 * row}, {column};")
+        lines.append(f"@p mov.f32 ${i}, 0fFF800000;")
+    return "\n".join([*lines, "}"])
 
 
 @gluon.jit
@@ -553,8 +620,8 @@ def sum_of_lanes(p):
 
 
 @gluon.jit
-def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2, batch, head,
-         q_idx, start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, batch, head, q_idx,
+         start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
          LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
@@ -576,13 +643,16 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2
     # Keys past the end are in the first block alone, but where it is a part of a listed one.
     INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
     if ScoreMods is not None:
-        s = modify(s * softmax_scale, batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k,
-                   ScoreMods, INSIDE)  # fmt: skip
+        s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
+                     INSIDE)  # fmt: skip
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
-    EDGES: gl.constexpr = C.causal or WINDOW or (not INSIDE and C.check_keys)
+    EDGES: gl.constexpr = C.edges or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
         if edge:  # only blocks on the edge of the mask pay for it
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+            start = start_n
+            if ScoreMods is not None:
+                start = opaque(start_n)
+            s = mask(s, q_idx, start, seqlen_q, seqlen_k, window_left, window_right, C.causal)
     if MaskMod is not None:
         if C.size_k is None:
             edge = True
@@ -639,7 +709,7 @@ def rescaled(acc, alpha):
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
     alpha, acc = gl.broadcast(alpha[:, None], acc)
     return gl.inline_asm_elementwise(
-        _MULTIPLY(N), _MULTIPLY_OPERANDS(N), [acc, alpha], gl.float32, is_pure=True, pack=N
+        _MULTIPLY(N), _IN_PLACE(N, "f"), [acc, alpha], gl.float32, is_pure=True, pack=N
     )
 
 
@@ -659,8 +729,9 @@ def _MULTIPLY(n):
 
 
 @gluon.constexpr_function
-def _MULTIPLY_OPERANDS(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+def _IN_PLACE(n, kind):
+    # n float32 that are changed, and n operands beside them.
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + [kind] * n)
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "nheads", "heads", "group_size", "section",
@@ -785,7 +856,7 @@ def forward(
         k = v = q  # of which nothing is read
     launch, list_tiles = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras),
-        sequences.given,
+        sequences.given, _of_one_another(sequences),
     )  # fmt: skip
     blocks = None
     if list_tiles is not None:
@@ -807,6 +878,7 @@ def _prepare(
     stride_v: tuple[int, ...],
     kinds_of_extras: tuple[object, ...],
     given: tuple[bool, ...],
+    self_attention: bool,
 ) -> tuple[Launch, Launch | None]:
     """The launch, and of packed sequences that of the list of their tiles."""
     config = tuning.v3_forward(spec, target)
@@ -837,6 +909,10 @@ def _prepare(
     if spec.features.score_mods:  # which scale by themselves
         sign = 1
     size_q, size_k = mods.block_sizes(spec.features)
+    # The diagonal then begins at a block's corner, and every row has a key in its first block.
+    shift = spec.seqlen_k - spec.seqlen_q
+    plain = not spec.features.mods and spec.features.blocks is None
+    whole = plain and (self_attention if packed else shift >= 0 and shift % config.block_n == 0)
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -853,6 +929,7 @@ def _prepare(
         parts_v=len(config.widths_v),
         causal=spec.causal,
         check_keys=packed or spec.seqlen_k % config.block_n != 0,
+        edges=spec.causal and not whole,
         scale_sign=sign,
         size_q=size_q,
         size_k=size_k,
@@ -872,17 +949,31 @@ def _prepare(
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
-        partial(_arguments, spec.features),
+        partial(_arguments, spec.features, tuning.v3_fuses(spec)),
     )  # fmt: skip
     return launch, list_launch(spec, block_m, of_keys=False) if packed else None
 
 
+def _of_one_another(sequences: Sequences) -> bool:
+    """Whether every sequence certainly has as many keys as queries."""
+    cu_seqlens_q, cu_seqlens_k, *used = sequences
+    return (
+        cu_seqlens_q is not None
+        and cu_seqlens_k is not None
+        and cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+        and used == [None, None]
+    )
+
+
 def _arguments(
-    features: Features, lse: Any, counter: Any, blocks: Any, *extras: Any
+    features: Features, fused: bool, lse: Any, counter: Any, blocks: Any, *extras: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     sinks = extras[-1] if features.sinks else None
-    modifications = mods.for_forward(features, extras, approximate=True)
+    if fused:
+        modifications = mods.fused_forward(features, extras)
+    else:
+        modifications = mods.for_forward(features, extras, approximate=True)
     return lse, counter, blocks, *modifications, sinks, mods.key_lists(features, extras)
 
 
