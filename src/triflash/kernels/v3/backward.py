@@ -541,6 +541,8 @@ def _prepare(
     shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
     stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    contiguous_dq = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim)
+    lies_dq = stride_dq or contiguous_dq[packed:]
     describe = ragged_view if packed else view
     keys = KEYS.value
     # Only modifications ask, so that nothing else is compiled anew.
@@ -564,9 +566,7 @@ def _prepare(
             PART_COLUMNS.value,
             PART_ROWS.value,
         ),
-        describe(
-            shape_q, stride_dq or strides_of(*shape_q[-3:]), PART.value, PART.value, spec.dtype
-        ),
+        describe(shape_q, lies_dq, PART.value, PART.value, spec.dtype),
         describe(shape_k, stride_dk, keys, width, spec.dtype),
         describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
