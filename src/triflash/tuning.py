@@ -80,6 +80,10 @@ class HopperBackwardConfig:
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
+        programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
+            tile.
+        kv_stages: tiles of k and v in shared memory.
+        whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
         wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
             nothing.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
@@ -96,6 +100,9 @@ class HopperBackwardConfig:
     fold: bool = True
     lag: bool = False
     backwards: bool = False
+    programs: int = 0
+    kv_stages: int = 1
+    whole_heads: bool = False
     wide: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -386,26 +393,56 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
             fold=False, backwards=backwards,
         )  # fmt: skip
+    plain = not uses and spec.varlen is None
     if d <= 64:
+        if plain and _walks_whole_heads(spec, target):
+            # Measured at 512: 351 full, 226 causal against 298 and 186 with a program a tile, 340
+            # and 223 with `programs`. late_dp when full 315.
+            late = spec.causal
+            return HopperBackwardConfig(
+                128, 128, 64, 64, 2, 2, late_dp=late, late_dv=not late, programs=target.num_sms,
+                kv_stages=2, whole_heads=True,
+            )  # fmt: skip
         if spec.deterministic:
             return HopperBackwardConfig(128, 128, 64, 64, 2, 2, backwards=backwards)
+        # Measured with a program a tile: full 298, 390, 454, 491 and 527 at 512, 1024, 2048, 4096
+        # and 16384; causal 186, 279, 374, 449 and 541. With as many as there are multiprocessors,
+        # which begin a tile while they end another: full 340, 423, 477, 511 and 545; causal 216,
+        # 302, 382, 441 and 393, with late_dp 223, 310, 394 and 451.
+        programs = _programs(spec, target) if plain else 0
+        kv_stages = 2 if programs else 1
         if spec.causal:
-            # Measured: lag 273, 429 and 525 from 1024 on against 272, 407 and 486, but 175 against
-            # 184 at 512; late_dv with it 264, 422 and 502.
-            return HopperBackwardConfig(128, 128, 64, 64, 2, 2, lag=spec.seqlen_q >= 1024)
+            # Measured with a program a tile: lag 273, 429 and 525 from 1024 on against 272, 407 and
+            # 486, but 175 against 184 at 512; late_dv with it 264, 422 and 502; late_dp 279, 439
+            # and 519.
+            return HopperBackwardConfig(
+                128, 128, 64, 64, 2, 2, late_dp=programs > 0, lag=spec.seqlen_q >= 1024,
+                programs=programs, kv_stages=kv_stages,
+            )  # fmt: skip
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv. But packed, with a mask of keys, 447 against 433.
-        fold = spec.varlen is not None
-        return HopperBackwardConfig(128, 128, 64, 64, 2, 2, late_dv=True, fold=fold, lag=True)
+        return HopperBackwardConfig(
+            128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
+            programs=programs, kv_stages=kv_stages,
+        )  # fmt: skip
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
         return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
+    if d <= 128 and plain and _walks_whole_heads(spec, target):
+        # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
+        return HopperBackwardConfig(
+            64, 128, 128, 128, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
+        )
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
-        # do not fit the registers.
-        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dv=True, backwards=backwards)
+        # do not fit the registers. late_dp causal 337 and 505 against 328 and 487 at 1024 and 4096;
+        # full 360, 443 and 572 against 361, 443 and 597.
+        late = spec.causal and plain
+        return HopperBackwardConfig(
+            64, 128, 128, 128, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
+        )
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
@@ -415,6 +452,37 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
         backwards=backwards, wide=True,
     )  # fmt: skip
+
+
+def _walks_whole_heads(spec: AttentionSpec, target: Target) -> bool:
+    """Whether programs of v3's backward walk whole heads.
+
+    Sums of dq then are few, a program's own, and need neither zeros nor a kernel behind. Measured
+    to pay while q, dout and sums of all programs stay in L2, or nearly: with 34 MB; with 67 MB only
+    for head dimension 128, causal. A causal mask must show every query some of the first keys.
+    """
+    heads = spec.batch * spec.nheads_k
+    d = 64 if _widest(spec) <= 64 else 128
+    in_flight = 8 * d * spec.seqlen_q * spec.group_size
+    most = 2**19 if d == 128 and spec.causal else 2**18
+    rounds = -(-heads // max(1, target.num_sms))
+    even = heads >= 0.9 * rounds * target.num_sms
+    return in_flight <= most and even and not (spec.causal and spec.seqlen_q > spec.seqlen_k)
+
+
+def _programs(spec: AttentionSpec, target: Target) -> int:
+    """How many programs of v3's backward share its tiles, 0 if each is to have one.
+
+    They take tiles in turn. When causal these are of different lengths, which evens out if a
+    program comes by every position in a head, and often enough.
+    """
+    programs = target.num_sms
+    if spec.causal:
+        if spec.batch * spec.nheads_k < 0.9 * programs:
+            return 0
+        while gcd(programs, -(-spec.seqlen_k // 128)) > 1:
+            programs -= 1
+    return programs
 
 
 def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:

@@ -10,9 +10,15 @@ Head dimensions above 128 have a schedule of their own, in backward_wide.py.
 A kernel before it makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums;
 one behind it rounds them to dq. The sums of a tile lie as the threads hold them, see `pack`.
 
+Where that is faster (tuning) there are only as many programs as multiprocessors, and each walks
+several tiles of keys: it loads the next while it ends one. If these are all tiles of a head, in the
+order of its keys, then the first stores its dq instead of adding it, the last adds the sums to it
+and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 or 128; and 2 numbers
-a row. With deterministic=True programs add to a tile of dq in the order of their keys.
+a row. Whole heads: sums for the heads that are in flight. With deterministic=True programs add to a
+tile of dq in the order of their keys.
 """
 
 from contextlib import nullcontext
@@ -55,6 +61,7 @@ from triflash.kernels.v3.backward_shared import (
     before_kernel,
     edges,
     head_of,
+    last_visit,
     listed,
     locate,
     masked,
@@ -63,6 +70,9 @@ from triflash.kernels.v3.backward_shared import (
     pack,
     positions,
     producer,
+    rounded,
+    tiles_of_program,
+    unpack,
 )
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
@@ -92,14 +102,14 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def start_dq(ds_smem, k_smem, slot, W: gl.constexpr):
+def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
     BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     dq = gl.zeros([PART, PART], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
         dq = warpgroup_mma(part_of_ds(ds_smem, slot + w, W // (BLOCK_D // PART)),
-                           part_of_k(k_smem, w, W % (BLOCK_D // PART)), dq,
+                           part_of_k(k_smem, kv + w, W % (BLOCK_D // PART)), dq,
                            use_acc=w > 0, is_async=True)  # fmt: skip
     return dq
 
@@ -107,8 +117,21 @@ def start_dq(ds_smem, k_smem, slot, W: gl.constexpr):
 @gluon.jit
 def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
     """Part W of dq to the warp that adds it."""
-    mbarrier.wait(dq_empty.index(W), i & 1 ^ 1)
+    mbarrier.wait(dq_empty.index(W), i & 1)
     dq_smem.index(W).store(pack(dq))
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(W), count=1)
+
+
+@gluon.jit
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
+    """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
+    mbarrier.wait(dq_empty.index(W), i & 1)
+    dq = pack(dq)
+    if begun:
+        dq += dq_smem.index(W).load(dq.type.layout)
+    dq = unpack((dq * softmax_scale).to(dQ.dtype))
+    rounded(dq_smem, W, dQ).store(gl.reshape(dq, dQ.block_type.shape))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
@@ -123,15 +146,30 @@ def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+def consumer(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
              BlockLists, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """Warpgroup W: keys [64 W, 64 W + 64) of the program's 128, and part W of every dq."""
+    """Warpgroup W: keys [64 W, 64 W + 64) of a tile's 128, and part W of every dq."""
+    if C.persistent:
+        first, count, apart = tiles_of_program(sizes, C)
+        step = 0
+        for n in range(count):
+            step = consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                           MaskMod, BlockLists, first + n * apart, n, step, W, C)  # fmt: skip
+    else:
+        consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+                BlockLists, gl.program_id(0), 0, 0, W, C)  # fmt: skip
+
+
+@gluon.jit
+def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
+            BlockLists, pid, before, step, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """The consumer's tile pid, as in `produce`."""
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
      done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
-    k_full, v_full, q_full, q_empty, do_full, do_empty = bars
+    k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
@@ -140,7 +178,7 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
     tile_n, batch, head_k, start, full, blocks, places = locate(
-        sizes, window_left, window_right, BlockLists, C
+        pid, sizes, window_left, window_right, BlockLists, C
     )
     _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
@@ -156,27 +194,46 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
         k_idx -= seqlen_k
         keys = 0
     edge = edges(start, full, C)
+    final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
-    k = tile(k_smem, W)
-    v = tile(v_smem, W)
+    if C.persistent and not C.gqa:
+        # Blocks count on from tile to tile, like steps, which saves a register.
+        m = step
+        edge = edge[0] + step, edge[1]
+        final += step
+        if C.causal:
+            k_idx += step * BLOCK_M
+    kv = before % C.kv_stages * CONSUMERS
+    phase_kv = before // C.kv_stages & 1
+    k = tile(k_smem, kv + W)
+    v = tile(v_smem, kv + W)
     dk = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
     dv = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
 
+    late = before if C.lag and C.persistent else 0  # blocks of ds that were none of a step
     if C.lag:  # the first step takes this for the step before it
-        ds_smem.index(W).store(gl.zeros([KEYS, BLOCK_M], k_smem.dtype, LAYOUT_S))
+        i = step + late
+        if C.persistent:
+            mbarrier.wait(ds_empty.index(i % DS_STAGES), i // DS_STAGES & 1 ^ 1)
+        ds_smem.index(i % DS_STAGES * CONSUMERS + W).store(
+            gl.zeros([KEYS, BLOCK_M], k_smem.dtype, LAYOUT_S)
+        )
         fence_async_shared()
-        mbarrier.arrive(ds_full.index(0), count=1)
-    mbarrier.wait(k_full.index(W), 0)
-    mbarrier.wait(v_full.index(W), 0)
-    for i in range(group_size * blocks):
+        mbarrier.arrive(ds_full.index(i % DS_STAGES), count=1)
+    mbarrier.wait(k_full.index(kv + W), phase_kv)
+    mbarrier.wait(v_full.index(kv + W), phase_kv)
+    if C.persistent:  # Triton 3.6 takes a variable for dead that only bounds an inner loop
+        mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
+    for at in range(step, step + group_size * blocks):
+        i = at + late
         if MODIFIED:
-            head = head_of(i, head_k, blocks, group_size, C)
+            head = head_of(at, head_k, blocks, group_size, C)
             start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
             if BlockLists is not None:
                 start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
-        slot = i % STAGES
-        phase = i // STAGES & 1
+        slot = at % STAGES
+        phase = at // STAGES & 1
         q = tile(q_smem, slot)
         dout = tile(do_smem, slot)
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
@@ -252,22 +309,31 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
             ds_smem.index(i % DS_STAGES * CONSUMERS + W).store(ds_t)
             fence_async_shared()
             meet(256)
-        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, W)
+        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W)
         dk = warpgroup_mma(ds_16, q, dk, is_async=True)  # hides storing dq
         dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
         mbarrier.arrive(do_empty.index(slot), count=1)
         if C.lag:
             mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
-        hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        if C.whole_heads:
+            if m < final:
+                finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
+            else:
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        else:
+            hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         mbarrier.arrive(q_empty.index(slot), count=1)
         m = next_block(m, blocks, C)
 
+    step += group_size * blocks
     if C.lag:
-        i = group_size * blocks
+        i = step + late
         mbarrier.wait(ds_full.index(i % DS_STAGES), i // DS_STAGES & 1)
-        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, W)
+        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W)
         dq = warpgroup_mma_wait(0, deps=(dq,))
+        if C.persistent:
+            mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
         hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
 
     # dv and dk leave through the memory of v and k.
@@ -275,13 +341,14 @@ def consumer(shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
     meet(256)  # both have read all of k
     k.store((dk * softmax_scale).to(k.dtype))
     fence_async_shared()
-    mbarrier.arrive(done.index(0), count=1)
+    mbarrier.arrive(done.index(before % C.kv_stages), count=1)
+    return step
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
                     BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
-                    window_left, window_right, C: gl.constexpr):  # fmt: skip
+                    window_left, window_right, tiles, C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
     Blocks is the list of blocks of keys of packed sequences, whose number is that of the tiles of
@@ -290,8 +357,8 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     if C.packed:
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
-    k_smem = buffers(K, CONSUMERS)
-    v_smem = buffers(V, CONSUMERS)
+    k_smem = buffers(K, C.kv_stages * CONSUMERS)
+    v_smem = buffers(V, C.kv_stages * CONSUMERS)
     q_smem = buffers(Q, C.stages)
     do_smem = buffers(dOut, C.stages)
     stats_smem = gl.allocate_shared_memory(gl.float32, [C.stages, 1, 2 * C.block_m], Stats.layout)
@@ -303,31 +370,32 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
         gl.float32, [CONSUMERS, PART_ROWS, PART_COLUMNS], Sums.layout
     )
     bars = (
-        barriers(CONSUMERS, 1),
-        barriers(CONSUMERS, 1),
+        barriers(C.kv_stages * CONSUMERS, 1),
+        barriers(C.kv_stages * CONSUMERS, 1),
         barriers(C.stages, 1),
         barriers(C.stages, CONSUMERS),
         barriers(C.stages, 1),
         barriers(C.stages, CONSUMERS),
+        barriers(C.kv_stages, 1),
     )
     ds_ring = (ds_smem, barriers(DS_STAGES, CONSUMERS), barriers(DS_STAGES, CONSUMERS))
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
-    done = barriers(1, CONSUMERS)
+    done = barriers(C.kv_stages, CONSUMERS)
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
     gl.warp_specialize(
         [
-            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
                         MaskMod, BlockLists, 0, C)),
-            (consumer, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods,
+            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
                         MaskMod, BlockLists, 1, C)),
             (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
                         BlockLists, C)),
-            (adder, (shared, k_smem, v_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     BlockLists, C)),
+            (adder, (shared, k_smem, v_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                     window_right, BlockLists, C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -376,7 +444,7 @@ def backward(
         most = most_blocks(k.shape[0], spec.batch, plan.block_n)
         blocks = list_blocks(plan.list_keys, q, k, sequences, most, tiles_m)
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
-    sums = q.new_empty(tiles * plan.size_of_sums, dtype=torch.float32)
+    sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
     turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
@@ -385,10 +453,11 @@ def backward(
     inputs = (out, dout, lse, dlse)
     plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
-        arguments = (q, k, v, dout, stats, sums, dk, dv, turn, blocks)
+        arguments = (q, k, v, dout, stats, sums, dq, dk, dv, turn, blocks)
         plan.backward(*arguments, *extras, *aux_sums.values(), programs=programs)
-    parts = plan.size_of_sums // PART.value**2
-    plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
+    if plan.after is not None:
+        parts = plan.size_of_sums // PART.value**2
+        plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
     if not features.with_grad:
         return dq, dk, dv
     delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
@@ -429,9 +498,10 @@ class Plan:
 
     before: Launch
     backward: Launch
-    after: Launch
+    after: Launch | None  # if the kernel does not finish dq
     list_keys: Launch | None  # the blocks of keys of packed sequences
     tiles: int  # of queries of all heads, if not packed
+    tiles_of_sums: int | None  # of the programs, if they have their own
     size_of_sums: int  # of a tile
     block_m: int
     block_n: int
@@ -471,19 +541,32 @@ def _prepare(
     shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
     stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    contiguous_dq = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim)
+    lies_dq = stride_dq or contiguous_dq[packed:]
     describe = ragged_view if packed else view
     keys = KEYS.value
     # Only modifications ask, so that nothing else is compiled anew.
     inside = bool(spec.features.mods) and not packed
     inside = inside and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
     size_of_sums = block_m * width
+    tiles_k = -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch
+    programs = min(config.programs or tiles_k, tiles_k)
+    tiles_of_sums = None
+    if config.whole_heads:
+        programs = -(-spec.nheads_k * spec.batch // -(-spec.nheads_k * spec.batch // programs))
+        tiles_of_sums = programs * spec.group_size * -(-spec.seqlen_q // block_m)
     views = (
         describe(shape_q, stride_q, block_m, width, spec.dtype),
         describe(shape_k, stride_k, keys, width, spec.dtype),
         describe(shape_v, stride_v, keys, width_v, spec.dtype),
         describe(shape_o, stride_dout, block_m, width_v, spec.dtype),
         flat_view(tiles, 2 * block_m, 1),
-        flat_view(tiles * size_of_sums // PART_COLUMNS.value, PART_COLUMNS.value, PART_ROWS.value),
+        flat_view(
+            (tiles_of_sums or tiles) * size_of_sums // PART_COLUMNS.value,
+            PART_COLUMNS.value,
+            PART_ROWS.value,
+        ),
+        describe(shape_q, lies_dq, PART.value, PART.value, spec.dtype),
         describe(shape_k, stride_dk, keys, width, spec.dtype),
         describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
@@ -492,20 +575,31 @@ def _prepare(
         before_kernel,
         tiles,
         (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, sequences),
-        (spec.headdim_v, block_m, width, width_v, aligned_dlse is not False, rows),
+        (
+            spec.headdim_v,
+            block_m,
+            width,
+            width_v,
+            aligned_dlse is not False,
+            rows,
+            not config.whole_heads,
+        ),
         around,
     )
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
-        -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch,
+        programs,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
-         spec.seqlen_k, spec.features.window_left, spec.features.window_right),
+         spec.seqlen_k, spec.features.window_left, spec.features.window_right,
+         tiles_k),
         (
             Schedule(
                 block_m, block_n, config.stages, config.dout_stages, config.late_dp,
                 config.late_dv, config.fold, config.lag, config.backwards, spec.causal,
-                packed or spec.seqlen_k % block_n != 0, spec.group_size > 1, spec.deterministic,
+                packed or spec.seqlen_k % block_n != 0, spec.group_size > 1,
+                spec.deterministic and not config.whole_heads,
                 packed, inside, bool(names_of_sums), rows, size_q, size_k,
+                programs < tiles_k, config.whole_heads, config.kv_stages,
             ),
         ),
         config,
@@ -521,4 +615,6 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    return Plan(before, backward, after, list_keys, tiles, size_of_sums, block_m, block_n)
+    finish = None if config.whole_heads else after
+    return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums, block_m,
+                block_n)  # fmt: skip

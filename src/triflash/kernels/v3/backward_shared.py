@@ -3,7 +3,7 @@
 A kernel before makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums of dq;
 one behind rounds them to dq. A program owns a block of keys of one key head and walks the queries
 of all heads that share it: a warp loads q, dout, lse and delta through rings, another adds dq to
-float32 sums in memory by TMA.
+float32 sums in memory by TMA. Programs may walk several such tiles, see `tiles_of_program`.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from triflash.kernels.common.varlen import PACKED, lse_offset
 from triflash.kernels.v3.packed import place_at, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
+    async_store,
     fence_async_global,
     load,
     reduce_add,
@@ -53,6 +54,9 @@ class Schedule:
     rows: int  # of Stats and Sums, a head's fill a multiple of it
     size_q: int | None  # of a block mask's blocks
     size_k: int | None
+    persistent: bool  # programs walk several tiles of keys
+    whole_heads: bool  # those of a head, one program
+    kv_stages: int
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -64,6 +68,7 @@ DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes 
 # Parameters of the kernels that programs are not compiled anew for.
 UNSPECIALIZED = [
     "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
+    "tiles",
 ]  # fmt: skip
 
 
@@ -73,10 +78,10 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
                   stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
                   sequences, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr,
-                  ROWS: tl.constexpr):  # fmt: skip
+                  ROWS: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
 
-    A head has tiles up to a multiple of ROWS.
+    A head has tiles up to a multiple of ROWS. Sums are left alone if not ZERO.
     """
     pid = tl.program_id(0)
     if CuSeqlensQ is None:
@@ -110,8 +115,9 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
     stats = Stats + pid.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     tl.store(stats, lse_to_log2(lse))  # +inf also for rows past the end: their p is 0
     tl.store(stats + BLOCK_M, -delta)
-    sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
-    tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    if ZERO:
+        sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
+        tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
@@ -168,8 +174,50 @@ def pack(part):
 
 
 @gluon.jit
-def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
-    """What a program works on: (tile_n, batch, head_k, first query, full, blocks a head, places).
+def unpack(sums):
+    """What pack was given, again without moving a number."""
+    sums = gl.reshape(sums, [8, 4, 8, 4, 2, 2])
+    return gl.reshape(gl.permute(sums, [1, 4, 2, 0, 3, 5]), [PART, PART])
+
+
+@gluon.jit
+def rounded(dq_smem, w, dQ):
+    """Buffer w of parts as one of dq in its dtype."""
+    return dq_smem.index(w)._reinterpret(dQ.dtype, dQ.block_type.shape, dQ.layout)
+
+
+@gluon.jit
+def tiles_of_program(sizes, C: gl.constexpr):
+    """Which tiles a persistent program walks, as (first, how many, distance).
+
+    With whole_heads those of some heads, one head after the other. Else heads in flight at a time
+    are as few as they are with a program a tile: more of them do not stay in L2.
+    """
+    tiles = sizes[6]
+    programs = gl.num_programs(0)
+    first = gl.program_id(0)
+    count = gl.cdiv(tiles - first, programs)
+    apart = programs
+    if C.whole_heads:
+        tiles_n = gl.cdiv(sizes[4], C.block_n)
+        share = gl.cdiv(tiles // tiles_n, programs) * tiles_n
+        first *= share
+        count = gl.minimum(share, tiles - first)
+        apart = 1
+    return first, count, apart
+
+
+@gluon.jit
+def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
+    """Queries before this one see none of the keys behind tile_n."""
+    start_n = (tile_n + 1) * C.block_n
+    start, _full = query_range(start_n, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal)
+    return gl.where(start_n < seqlen_k, start, seqlen_q)
+
+
+@gluon.jit
+def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
+    """What tile pid is: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
     Places are (entry_q, entry_k, rows_k, seqlen_q, seqlen_k).
 
@@ -177,8 +225,7 @@ def locate(sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     With BlockLists blocks are those listed, and what they need `listed` knows.
     When causal the first keys are seen by the most queries, so the longest programs come first.
     """
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes
-    pid = gl.program_id(0)
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes[:6]
     if C.packed:
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
             Blocks, pid % gl.load(Blocks)
@@ -350,45 +397,90 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
 @gluon.jit
 def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
              C: gl.constexpr):  # fmt: skip
-    """The warp that loads: k and v once, then q, lse, delta and dout of every step."""
+    """The warp that loads: k and v once a tile, then q, lse, delta and dout of every step."""
+    if C.persistent:
+        first, count, apart = tiles_of_program(sizes, C)
+        step = 0
+        for n in range(count):
+            step = produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                           BlockLists, first + n * apart, n, step, C)  # fmt: skip
+    else:
+        produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists,
+                gl.program_id(0), 0, 0, C)  # fmt: skip
+
+
+@gluon.jit
+def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, pid,
+            before, step, C: gl.constexpr):  # fmt: skip
+    """The producer's tile pid, behind `before` others and `step` steps; returns those behind it."""
     k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
-    k_full, v_full, q_full, q_empty, do_full, do_empty = bars
+    k_full, v_full, q_full, q_empty, do_full, do_empty, kv_empty = bars
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
-        sizes, window_left, window_right, BlockLists, C
+        pid, sizes, window_left, window_right, BlockLists, C
     )
     entry_q, entry_k, _rows_k, seqlen_q, seqlen_k = places
     first, tiles_m = workspace(sizes, batch, places, C)
-    for w in gl.static_range(C.block_n // KEYS):
+    TILES: gl.constexpr = C.block_n // KEYS
+    kv = before % C.kv_stages
+    mbarrier.wait(kv_empty.index(kv), before // C.kv_stages & 1 ^ 1)
+    for w in gl.static_range(TILES):
         row = tile_n * C.block_n + w * KEYS
-        mbarrier.expect(k_full.index(w), K.block_type.nbytes)
-        load(K, entry_k, head_k, row, seqlen_k, k_full.index(w), k_smem.index(w))
-        mbarrier.expect(v_full.index(w), V.block_type.nbytes)
-        load(V, entry_k, head_k, row, seqlen_k, v_full.index(w), v_smem.index(w))
+        at = kv * TILES + w
+        mbarrier.expect(k_full.index(at), K.block_type.nbytes)
+        load(K, entry_k, head_k, row, seqlen_k, k_full.index(at), k_smem.index(at))
+        mbarrier.expect(v_full.index(at), V.block_type.nbytes)
+        load(V, entry_k, head_k, row, seqlen_k, v_full.index(at), v_smem.index(at))
     for i in range(group_size * blocks):
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
         if BlockLists is not None:
             start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
-        slot = i % C.stages
-        mbarrier.wait(q_empty.index(slot), i // C.stages & 1 ^ 1)
+        slot = (step + i) % C.stages
+        mbarrier.wait(q_empty.index(slot), (step + i) // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
         load(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem.index(slot))
         row = row_of(head, start_m, first, tiles_m, C)
         async_load(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
-        slot = i % C.dout_stages
-        mbarrier.wait(do_empty.index(slot), i // C.dout_stages & 1 ^ 1)
+        slot = (step + i) % C.dout_stages
+        mbarrier.wait(do_empty.index(slot), (step + i) // C.dout_stages & 1 ^ 1)
         mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
         load(dOut, entry_q, head, start_m, seqlen_q, do_full.index(slot), do_smem.index(slot))
+    return step + group_size * blocks
 
 
 @gluon.jit
-def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
+def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
     Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
     """
+    if C.persistent:
+        first, count, apart = tiles_of_program(sizes, C)
+        step = 0
+        for n in range(count):
+            step = add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                       window_right, BlockLists, first + n * apart, n, step, C)  # fmt: skip
+    else:
+        add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
+            BlockLists, gl.program_id(0), 0, 0, C)  # fmt: skip
+
+
+@gluon.jit
+def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
+    """Buffer w to who makes dq, with the sums of a part in it if `filled`."""
+    if filled:
+        mbarrier.expect(dq_empty.index(w), Sums.block_type.nbytes)
+        async_load(Sums, [part * PART_ROWS, 0], dq_empty.index(w), dq_smem.index(w))
+    else:
+        mbarrier.arrive(dq_empty.index(w), count=1)
+
+
+@gluon.jit
+def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
+        BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
+    """The adder's tile pid, as in `produce`."""
     q_smem, dq_smem, dq_full, dq_empty, done = (
         shared[2],
         shared[6],
@@ -396,26 +488,32 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
         shared[9],
         shared[10],
     )
+    kv_empty = shared[7][6]
     BLOCK_D: gl.constexpr = q_smem.shape[-1]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
     ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
+    COLUMNS: gl.constexpr = BLOCK_D // PART
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
-        sizes, window_left, window_right, BlockLists, C
+        pid, sizes, window_left, window_right, BlockLists, C
     )
     seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
-    LAG: gl.constexpr = 1 if C.lag else 0
+    final = last_visit(tile_n, seqlen_q, seqlen_k, C)
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
-            mbarrier.wait(dq_full.index(w), 0)
             mbarrier.arrive(dq_empty.index(w), count=1)
-    for i in range(LAG, group_size * blocks + LAG):
-        head, m = walk(i - LAG, head_k, blocks, group_size, C)
+            mbarrier.wait(dq_full.index(w), step & 1)
+        step += 1
+    for i in range(group_size * blocks):
+        head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
         if BlockLists is not None:
             start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         row = row_of(head, start_m, first, tiles_m, C)
+        if C.whole_heads:  # sums of a program's own
+            row = (gl.program_id(0) * group_size + head - head_k * group_size) * tiles_m
+            row += start_m // C.block_m
         if C.deterministic:
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
@@ -428,22 +526,44 @@ def adder(shared, dk_smem, dv_smem, Sums, dK, dV, Turn, sizes, window_left, wind
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
-            for w in gl.static_range(DQ_BUFFERS):
-                mbarrier.wait(dq_full.index(w), (i * ROUNDS + r) & 1)
-                part = row * PARTS + r * DQ_BUFFERS + w
-                reduce_add(Sums, [part * PART_ROWS, 0], dq_smem.index(w))
+            part = row * PARTS + r * DQ_BUFFERS
             for w in gl.static_range(DQ_BUFFERS):
                 tma.store_wait(DQ_BUFFERS - 1 - w)
-                mbarrier.arrive(dq_empty.index(w), count=1)
+                if C.whole_heads:
+                    lend(Sums, part + w, dq_smem, dq_empty, (start_m < final) & (tile_n > 0), w)
+                else:
+                    mbarrier.arrive(dq_empty.index(w), count=1)
+            for w in gl.static_range(DQ_BUFFERS):
+                mbarrier.wait(dq_full.index(w), ((step + i) * ROUNDS + r) & 1)
+                if C.whole_heads:
+                    of = r * DQ_BUFFERS + w
+                    if start_m < final:
+                        store(dQ, places[0], head, start_m + of // COLUMNS * PART, seqlen_q,
+                              rounded(dq_smem, w, dQ), of % COLUMNS * PART)  # fmt: skip
+                    elif tile_n == 0:
+                        async_store(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
+                    else:
+                        reduce_add(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
+                else:
+                    reduce_add(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
         if C.deterministic:
             wait_for_reductions()
             fence_async_global()
             gl.atomic_add(Turn + row, 1, sem="release")
 
     # The consumers have no registers left for where dk and dv go.
-    mbarrier.wait(done.index(0), 0)
-    for w in gl.static_range(C.block_n // KEYS):
+    TILES: gl.constexpr = C.block_n // KEYS
+    kv = before % C.kv_stages
+    mbarrier.wait(done.index(kv), before // C.kv_stages & 1)
+    for w in gl.static_range(TILES):
         row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
-        store(dV, places[1], head_k, row, places[2], dv_smem.index(w))
-        store(dK, places[1], head_k, row, places[2], dk_smem.index(w))
-    tma.store_wait(0)
+        store(dV, places[1], head_k, row, places[2], dv_smem.index(kv * TILES + w))
+        store(dK, places[1], head_k, row, places[2], dk_smem.index(kv * TILES + w))
+    if C.whole_heads:
+        wait_for_reductions()  # the next tile reads and adds to them
+        fence_async_global()
+    else:
+        tma.store_wait(0)
+    if C.persistent:
+        mbarrier.arrive(kv_empty.index(kv), count=1)
+    return step + group_size * blocks

@@ -47,7 +47,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     """The warpgroup that makes p and ds."""
     BLOCK_M: gl.constexpr = C.block_m
     k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
-    k_full, v_full, q_full, q_empty, do_full, do_empty = bars
+    k_full, v_full, q_full, q_empty, do_full, do_empty, _ = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
@@ -56,7 +56,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     QUERIES: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     tile_n, batch, head_k, start, full, blocks, places = locate(
-        sizes, window_left, window_right, BlockLists, C
+        gl.program_id(0), sizes, window_left, window_right, BlockLists, C
     )
     _entry_q, _entry_k, _rows_k, seqlen_q, seqlen_k = places
     scale_log2 = softmax_scale * LOG2_E
@@ -138,7 +138,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
              IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
-    k_full, _, _, q_empty, _, do_empty = bars
+    k_full, _, _, q_empty, _, do_empty, _ = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
     W: gl.constexpr = 1 if IS_DK else 0
@@ -150,7 +150,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
-        sizes, window_left, window_right, BlockLists, C
+        gl.program_id(0), sizes, window_left, window_right, BlockLists, C
     )
     k = tile(k_smem, 0)
     acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
@@ -180,7 +180,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
             dq = warpgroup_mma_wait(0, deps=(dq,))
             if r == ROUNDS - 1:
                 mbarrier.arrive(ds_empty.index(slot), count=1)
-            mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1 ^ 1)
+            mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1)
             dq_smem.index(W).store(pack(dq))
             fence_async_shared()
             mbarrier.arrive(dq_full.index(W), count=1)
@@ -194,9 +194,9 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
                     BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
-                    window_left, window_right,
+                    window_left, window_right, tiles,
                     C: gl.constexpr):  # fmt: skip
     """One program a block of 64 keys of a key head."""
     BLOCK_M: gl.constexpr = C.block_m
@@ -227,6 +227,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
         barriers(C.stages, 2),
         barriers(C.dout_stages, 1),
         barriers(C.dout_stages, 2),
+        barriers(1, 1),
     )
     dq_full = barriers(DQ_BUFFERS, 1)
     dq_empty = barriers(DQ_BUFFERS, 1)
@@ -234,7 +235,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
               dq_empty, done)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
     gl.warp_specialize(
         [
             (scores, (shared, softmax_scale, sizes, window_left, window_right, ScoreMods, MaskMod,
@@ -245,8 +246,8 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dK, dV, Turn, Blocks, ScoreMods,
                         True, C)),
             (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
                         BlockLists, C)),
-            (adder, (shared, q_smem, do_smem, Sums, dK, dV, Turn, sizes, window_left, window_right,
-                     BlockLists, C)),
+            (adder, (shared, q_smem, do_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                     window_right, BlockLists, C)),
         ],
         [4, 4, 1, 1],
         [192, 192, 24, 24],
