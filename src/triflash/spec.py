@@ -115,7 +115,7 @@ class Features:
     sinks: bool = False
     with_grad: tuple[str, ...] = ()
     blocks: Blocks | None = None
-    dropout_p: float = 0.0
+    dropout_p: float = 0  # no 0.0: Dynamo would make a symbol of it
 
     @property
     def mods(self) -> tuple[Mod, ...]:
