@@ -36,7 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, one in three of the shared tests for each row that "auto" never picks.
+    """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and of
+    what is marked as sampled.
 
     The interpreter takes five minutes a row for all of them. Each row gets others.
     """
@@ -47,6 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
     seen = dict.fromkeys(rows, 0)
+    sampled = 0
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if row in seen and item.path.stem not in ("test_ladder", "test_compile"):
@@ -54,10 +56,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if (seen[row] + rows.index(row)) % 3:
                 reason = "without a GPU one in three of the ladder's tests; --thorough runs all"
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("sampled"):
+            sampled += 1
+            if sampled % 3:
+                reason = "without a GPU one in three of these compilations; --thorough runs all"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
+    config.addinivalue_line("markers", "sampled: without a GPU one in three of them will do")
     for ours in (  # of Triton's interpreter, one for every program of every kernel
         "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
         "ignore:.* encountered in (log2|exp2|multiply):RuntimeWarning:triton",

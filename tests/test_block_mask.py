@@ -336,17 +336,19 @@ def test_masks_that_cannot_be_made(monkeypatch):
 def test_compile(implementation, device):
     """In one graph, and the same bits as without."""
     made = make(nheads=2, seqlen_q=70, seqlen_k=70, aux=(32,), causal=True, device=device)
-    q = torch.randn(2, 70, 2, 16, device=device, requires_grad=True)
+    leaves = [torch.randn(2, 70, 2, 16, device=device, requires_grad=True) for _ in range(3)]
 
-    def call(q):
-        return attention(q, q * 2, q * 3, block_mask=made, implementation=implementation)
+    def call(q, k, v):
+        return attention(q, k, v, block_mask=made, implementation=implementation)
 
     compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    expected, got = call(q), compiled(q)
+    expected, got = call(*leaves), compiled(*leaves)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     dout = torch.randn_like(got)
     for a, b in zip(
-        torch.autograd.grad(got, q, dout), torch.autograd.grad(expected, q, dout), strict=True
+        torch.autograd.grad(got, leaves, dout),
+        torch.autograd.grad(expected, leaves, dout),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     torch._dynamo.reset()

@@ -194,6 +194,7 @@ FEATURED_SPILLS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("call", FEATURED_CALLS)
 @pytest.mark.parametrize("feature", COMPILED_FEATURES)
 @pytest.mark.parametrize("target", ONE_OF_A_KIND)

@@ -187,7 +187,7 @@ def test_memory_does_not_leak(implementation, device):
     before = _allocated()
     for _ in range(50):
         run_case(CASE, inputs, implementation)
-    assert _allocated() == before
+    assert _allocated() <= before  # less if what another test held goes meanwhile
 
 
 @every_kernel_row

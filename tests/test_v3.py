@@ -401,7 +401,7 @@ def test_functions_that_make_tiles_are_refused(compiling):
     assert all(word in message for word in ("first_half", "tl.full", 'implementation="v2"'))
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", calls_of(CALLS))
 def test_machine_code(call, compiler):
     kernel = compiler(CALLS[call])
     assert kernel["shared"] <= 227 * 1024
@@ -417,7 +417,7 @@ def test_machine_code(call, compiler):
     assert kernel["registers_move"]
 
 
-@pytest.mark.parametrize("call", BACKWARD_CALLS)
+@pytest.mark.parametrize("call", calls_of(BACKWARD_CALLS))
 def test_machine_code_of_the_backward(call, compiler):
     kernel = compiler(BACKWARD_CALLS[call], backward=True)
     assert kernel["shared"] <= 227 * 1024
