@@ -401,6 +401,16 @@ def test_functions_that_make_tiles_are_refused(compiling):
     assert all(word in message for word in ("first_half", "tl.full", 'implementation="v2"'))
 
 
+def calls_of(table: dict[str, dict]) -> list:
+    """The calls by their names; those with features or of packed tensors are sampled."""
+    return [
+        pytest.param(name, marks=pytest.mark.sampled)
+        if {"feature", "packed"} & call.keys()
+        else name
+        for name, call in table.items()
+    ]
+
+
 @pytest.mark.parametrize("call", calls_of(CALLS))
 def test_machine_code(call, compiler):
     kernel = compiler(CALLS[call])
