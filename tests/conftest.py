@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("sampled"):
             sampled += 1
             if sampled % 3:
-                reason = "without a GPU one in three of these compilations; --thorough runs all"
+                reason = "without a GPU one in three of these; --thorough runs all"
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -140,9 +140,19 @@ def _unsupported(implementation: str, target: str, call: dict) -> str | None:
     return registry.get(implementation).supports(case.spec(), aot.TARGETS[target][1])
 
 
+def _of_like_targets() -> list:
+    """(target, call): where another target is like it, all but the largest calls are sampled."""
+    pairs = []
+    for target in aot.TARGETS:
+        for call in CALLS:
+            some = target not in ONE_OF_A_KIND and call not in LARGEST
+            marks = [pytest.mark.sampled] if some else []
+            pairs.append(pytest.param(target, call, marks=marks))
+    return pairs
+
+
 @every_triton_row
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(("target", "call"), _of_like_targets())
 def test_compiles(implementation, call, target, compile_for):
     reason = _unsupported(implementation, target, CALLS[call])
     if reason is not None:

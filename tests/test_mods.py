@@ -165,6 +165,7 @@ def test_any_features(implementation, case, device):
     check(case, implementation, device)
 
 
+@pytest.mark.sampled
 @every_row
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("feature", FEATURED)
