@@ -41,6 +41,8 @@ class HopperConfig:
         section: heads that are worked on together.
         widths, widths_v: the parts that columns of q and k, and of v and out, are loaded in.
         hold: p v overlaps all of the softmax, not only its maximum.
+        middle: the wait for p v is in the middle of the exponentials, so that what follows it runs
+            beside the second half of them; hold then means nothing.
         turns: warpgroups issue their products one after the other.
         q_in_registers: q comes from registers, its first part at least.
         half_q: only half of its columns do.
@@ -58,6 +60,7 @@ class HopperConfig:
     widths: tuple[int, ...]
     widths_v: tuple[int, ...]
     hold: bool
+    middle: bool
     turns: bool
     q_in_registers: bool
     half_q: bool = False
@@ -321,6 +324,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
         # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
         hold=consumers == 2,
+        middle=consumers == 2 and not spec.features.mods,
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured

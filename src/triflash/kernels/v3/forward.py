@@ -33,7 +33,7 @@ from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
-from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
+from triflash.kernels.common.softmax import LOG2_E, finish, new_maximum, softmax_step
 from triflash.kernels.v3.tma import (
     async_load,
     async_store,
@@ -59,6 +59,7 @@ class Schedule:
     consumers: int
     dynamic: bool
     hold: bool
+    middle: bool
     turns: bool
     q_in_registers: bool
     half_q: bool
@@ -586,23 +587,110 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, softmax_scale, scale_log2
             seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
-    alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
-    l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
+    HIDES: gl.constexpr = EDGES or MaskMod is not None
     # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
-    # moves no wait over a branch, which both of these are.
-    if C.hold:
-        l_i = held(l_i)
-    else:  # over already; what ptxas keeps above it is the maximum alone
-        mbarrier.wait(v_full.index(slot), n // STAGES & 1)
-    acc = finished(acc, C.parts_v)
-    release(v_empty.index(slot))
-    p = p.to(v_smem[0].dtype)
-    if C.parts_v == 1:
-        acc = (rescaled(acc[0], alpha),)
+    # moves no wait over a branch, which all three of these have.
+    if C.middle:
+        m_new, m_safe = new_maximum(maximum(s), m_i, scale_log2, HIDES, SLACK)
+        alpha = gl.exp2(m_i - m_safe)
+        m_i = m_new
+        left, right = columns(s * scale_log2 - m_safe[:, None])
+        left = gl.exp2(left)
+        l_i = rescaled_sums(l_i, alpha) + sums_like(left, l_i)
+        right = held_back(right, l_i)
+        acc = finished(acc, C.parts_v)
+        release(v_empty.index(slot))
+        acc = all_rescaled(acc, alpha)
+        right = gl.exp2(right)
+        l_i += sums_like(right, l_i)
+        p = joined(left, right, LAYOUT_S).to(v_smem[0].dtype)
     else:
-        acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, HIDES, SLACK)
+        l_i = rescaled_sums(l_i, alpha) + sums_like(p, l_i)
+        if C.hold:
+            l_i = held(l_i)
+        else:  # over already; what ptxas keeps above it is the maximum alone
+            mbarrier.wait(v_full.index(slot), n // STAGES & 1)
+        acc = finished(acc, C.parts_v)
+        release(v_empty.index(slot))
+        p = p.to(v_smem[0].dtype)
+        acc = all_rescaled(acc, alpha)
     return acc, m_i, l_i, p
+
+
+@gluon.jit
+def maximum(s):
+    """The maxima of rows, as a tree: one behind the other they would take twice as long."""
+    N: gl.constexpr = s.shape[1]
+    pairs = gl.max(gl.reshape(s, [ROWS, N // 8, 4, 2]), 3)
+    of_lanes = gl.max(gl.max(gl.reshape(pairs, [ROWS, 4, N // 32, 4]), 2), 1)
+    return gl.convert_layout(gl.max(of_lanes, 1), gl.SliceLayout(1, s.type.layout))
+
+
+@gluon.jit
+def columns(x):
+    """The left and the right columns of a tile in registers."""
+    N: gl.constexpr = x.shape[1]
+    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, N // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def joined(left, right, LAYOUT: gl.constexpr):
+    """What `columns` took apart."""
+    N: gl.constexpr = 2 * left.shape[1]
+    x = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [ROWS, N])
+    return gl.convert_layout(x, LAYOUT)
+
+
+@gluon.jit
+def rescaled_sums(l_i, alpha):
+    """l_i * alpha."""
+    return l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
+
+
+@gluon.jit
+def sums_like(p, l_i):
+    """`sum_of_lanes` in l_i's layout."""
+    return gl.convert_layout(sum_of_lanes(p), l_i.type.layout)
+
+
+@gluon.jit
+def all_rescaled(acc, alpha):
+    """acc * alpha, in all parts."""
+    if len(acc) == 1:
+        result = (rescaled(acc[0], alpha),)
+    else:
+        result = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
+    return result
+
+
+@gluon.jit
+def held_back(x, l_i):
+    """x, behind a branch like that of `held`, which would change x: what is computed from x then
+    comes behind the branch too. x is half as wide as the block that l_i sums up."""
+    N: gl.constexpr = x.shape[1] // 2  # elements of a thread
+    wide = l_i[:, None, :, None].broadcast_to([ROWS, x.shape[1] // 8, 4, 2])
+    wide = gl.convert_layout(gl.reshape(wide, x.shape), x.type.layout)
+    return gl.inline_asm_elementwise(
+        _HOLD_BACK(N), _IN_PLACE(N, "f"), [x, wide], gl.float32, is_pure=False, pack=N
+    )
+
+
+@gluon.constexpr_function
+def _HOLD_BACK(n):
+    lines = [
+        "{ .reg .pred p;",
+        ".reg .f32 sum;",
+        f"min.f32 sum, ${2 * n}, ${2 * n + 2};",  # of a thread's two rows
+        "HOLD: setp.lt.f32 p, sum, 0f00000000;",
+        "@!p bra DONE;",
+        "nanosleep.u32 20;",
+        "add.f32 sum, sum, 0f3F800000;",
+        *(f"mov.f32 ${i}, 0f00000000;" for i in range(n)),
+        "bra HOLD;",
+        "DONE: }",
+    ]
+    return "\n".join(lines)
 
 
 @gluon.jit
@@ -822,6 +910,7 @@ def _prepare(
         consumers=config.consumers,
         dynamic=config.dynamic,
         hold=config.hold,
+        middle=config.middle,
         turns=config.turns,
         q_in_registers=config.q_in_registers,
         half_q=config.half_q,
