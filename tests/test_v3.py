@@ -565,6 +565,8 @@ def test_auto_takes_it_where_it_was_measured_to_pay():
     assert auto(seqlen_q=1024, seqlen_k=1024) == "v3"
     assert auto(batch=32, seqlen_q=512, seqlen_k=512, causal=True) == "v3"
     assert auto(batch=64, seqlen_q=500, seqlen_k=500) == "v2"
+    assert auto(batch=64, seqlen_q=512, seqlen_k=512, headdim=32) == "v2"
+    assert auto(batch=64, seqlen_q=4096, seqlen_k=4096, headdim=32) == "v3"
     assert auto(seqlen_q=4096, seqlen_k=4096, headdim=256, causal=True) == "v3"
     assert auto(seqlen_q=1, seqlen_k=4096) == "v2"
     assert auto(seqlen_q=1024, seqlen_k=1024, batch=1) == "v2"
@@ -658,17 +660,17 @@ def test_importing_triflash_does_not_import_gluon():
 
 
 def test_every_stream_has_a_counter_of_its_own(monkeypatch):
-    from triflash.kernels.v3 import forward
+    from triflash.kernels.v3 import counters
 
     device = torch.device("cpu")
     free = [torch.zeros(1), torch.zeros(1)]
-    monkeypatch.setattr(forward, "_counters", lambda _: free)
-    forward._counter_of_stream.cache_clear()
-    first, second, third = (forward._counter_of_stream(device, stream) for stream in (1, 2, 3))
+    monkeypatch.setattr(counters, "counters_of", lambda _: free)
+    counters.counter_of_stream.cache_clear()
+    first, second, third = (counters.counter_of_stream(device, stream) for stream in (1, 2, 3))
     assert first is not second
-    assert forward._counter_of_stream(device, 1) is first
+    assert counters.counter_of_stream(device, 1) is first
     assert third is None  # a new one for every call
-    forward._counter_of_stream.cache_clear()
+    counters.counter_of_stream.cache_clear()
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

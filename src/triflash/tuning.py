@@ -269,10 +269,11 @@ def v2_dq(spec: AttentionSpec, target: Target, use_tma: bool) -> TileConfig:
 def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     """Whether "auto" takes v3 where it can run: where it was measured, and is faster than v2.
 
-    From 512 on, at head dimensions 64, 128 and 256, its forward is 1.13 to 1.63 times as fast as
-    v2's, its backward 1.11 to 3 times. Other head dimensions are taken to be like them. Less work
-    than was measured goes to v2: few queries or few heads would leave multiprocessors without a
-    tile.
+    From 512 on, at head dimensions 64, 128 and 256, its forward is 1.14 to 1.63 times as fast as
+    v2's, its backward 1.11 to 3 times; at 40 and 80 1.3 to 5 and 1.2 to 5 times. At 32 it is 0.92
+    and 0.89 times as fast at 512, 1.11 and 1.18 at 4096. Other head dimensions are taken to be like
+    these. Less work than was measured goes to v2: few queries or few heads would leave
+    multiprocessors without a tile.
 
     Packed sequences of 128 on average run 1.04 times as fast at d128, but 0.67 at d64, where those
     of 320 have 0.88 forward and 0.99 backward; 4096 rows in all 1.12 and 1.5.
@@ -280,7 +281,8 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
     if spec.varlen is not None:
         mean = min(spec.varlen.rows_q, spec.varlen.rows_k) // max(1, spec.batch)
         return mean >= (512 if _widest(spec) <= 64 else 256) and _flops(spec) > 1e10
-    return min(spec.seqlen_q, spec.seqlen_k) >= 512 and _flops(spec) > 3e10
+    shortest = 1024 if _widest(spec) <= 32 else 512
+    return min(spec.seqlen_q, spec.seqlen_k) >= shortest and _flops(spec) > 3e10
 
 
 def v3_fuses(spec: AttentionSpec) -> bool:

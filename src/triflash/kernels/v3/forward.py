@@ -9,10 +9,9 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each tile of queries, mostly from L2.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.runtime import driver
 
 from triflash import mods, tuning
 from triflash.kernels.common.blocks import block_list, visited
@@ -35,6 +33,7 @@ from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
 from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
+from triflash.kernels.v3.counters import counter_for
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
     barriers,
@@ -863,7 +862,7 @@ def forward(
     if list_tiles is not None:
         most = most_blocks(q.shape[0], spec.batch, ROWS.value * launch.config.consumers)
         blocks = list_blocks(list_tiles, q, k, sequences, most, q.shape[0])
-    counter = _counter(q.device) if launch.constexprs[0].dynamic else lse
+    counter = counter_for(q.device) if launch.constexprs[0].dynamic else lse
     with nullcontext() if launch.compiled else mods.explained(spec.features):
         launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     return out, lse, []
@@ -976,43 +975,3 @@ def _arguments(
     else:
         modifications = mods.for_forward(features, extras, approximate=True)
     return lse, counter, blocks, *modifications, sinks, mods.key_lists(features, extras)
-
-
-def _counter(device: torch.device) -> torch.Tensor:
-    """The counter that programs draw their tiles from: 0 before and after every launch.
-
-    Launches that may run at the same time need one each, so there is one a stream, and a new one in
-    every CUDA graph, which may be replayed beside anything.
-    """
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        counter = _counter_of_stream(device, stream)
-        if counter is not None:
-            return counter
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-@cache
-def _counter_of_stream(device: torch.device, stream: int) -> torch.Tensor | None:
-    """One that no other stream has, as long as there are any."""
-    counters = _counters(device)
-    return counters.pop() if counters else None
-
-
-@cache
-def _counters(device: torch.device) -> list[torch.Tensor]:
-    """Counters in cache lines of their own.
-
-    torch.compile warms its CUDA graphs up with all that the thread allocates in their pool, where
-    nothing may stay behind. So this is allocated by another thread, on its own stream.
-    """
-
-    def allocate() -> list[torch.Tensor]:
-        with torch.cuda.device(device):
-            counters = torch.zeros(256, 32, dtype=torch.int32, device=device)
-            torch.cuda.current_stream().synchronize()
-        return [row[:1] for row in counters]
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(allocate).result()
