@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     sampled = 0
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        if row in seen and item.path.stem not in ("test_ladder", "test_compile"):
+        if row in seen and item.path.stem != "test_ladder":
             seen[row] += 1
             if (seen[row] + rows.index(row)) % 3:
                 reason = "without a GPU one in three of the ladder's tests; --thorough runs all"
