@@ -190,13 +190,16 @@ COMPILED_FEATURES = (
     "both", "softcap", "alibi", "documents", "blocks", "learned bias", "sinks", "bias",
     "bias of keys", "dropout",
 )  # fmt: skip
-# These are faster with tiles that spill (docs/perf-log.md), here bytes a thread.
+# These are faster with tiles that spill (docs/perf-log.md), or little at 512 wide; bytes a thread.
 FEATURED_SPILLS = {
     ("alibi", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 56,
     ("alibi", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("both", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
+    ("softcap", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
     ("bias", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
     ("bias of keys", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 8,
     ("dropout", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 16,
+    ("learned bias", "dkdv_kernel", TileConfig(32, 32, 8, 2)): 16,
     ("documents", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 40,
     ("blocks", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 24,
     ("learned bias", "dkdv_kernel", TileConfig(64, 64, 4, 2)): 8,
