@@ -98,6 +98,18 @@ def repeatable(implementation: str) -> dict[str, bool]:
     return {} if registry.get(implementation).deterministic else {"deterministic": True}
 
 
+def compiled_and_not(call: Callable[..., torch.Tensor], leaves: tuple[torch.Tensor, ...]) -> tuple:
+    """(compiled, as it is) of what `call` gives in one graph, and a list of these of each leaf's
+    gradient."""
+    compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    expected, got = call(*leaves), compiled(*leaves)
+    dout = torch.randn_like(got)
+    gradients = (torch.autograd.grad(out, leaves, dout) for out in (got, expected))
+    pairs = list(zip(*gradients, strict=True))
+    torch._dynamo.reset()
+    return (got, expected), pairs
+
+
 def unexplained_races(report: str) -> list[str]:
     """What racecheck reports of v3's kernels, but for the false reports of docs/adr/0011.
 

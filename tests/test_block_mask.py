@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GPU
+from helpers import GPU, compiled_and_not
 from hypothesis import given
 from hypothesis import strategies as st
 from test_mods import DOCUMENT, RELATIVE, document
@@ -341,14 +341,7 @@ def test_compile(implementation, device):
     def call(q, k, v):
         return attention(q, k, v, block_mask=made, implementation=implementation)
 
-    compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    expected, got = call(*leaves), compiled(*leaves)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    dout = torch.randn_like(got)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves, dout),
-        torch.autograd.grad(expected, leaves, dout),
-        strict=True,
-    ):
+    outputs, gradients = compiled_and_not(call, leaves)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    for a, b in gradients:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch._dynamo.reset()

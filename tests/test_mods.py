@@ -8,7 +8,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GPU, KERNEL_DTYPES, assert_bitwise_equal, check, every_row
+from helpers import (
+    GPU,
+    KERNEL_DTYPES,
+    assert_bitwise_equal,
+    check,
+    compiled_and_not,
+    every_row,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -531,17 +538,10 @@ def test_compile(implementation, device):
             implementation=implementation,
         )  # fmt: skip
 
-    compiled = torch.compile(call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    expected, got = call(*leaves), compiled(*leaves)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    dout = torch.randn_like(got)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves, dout),
-        torch.autograd.grad(expected, leaves, dout),
-        strict=True,
-    ):
+    outputs, gradients = compiled_and_not(call, leaves)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    for a, b in gradients:
         torch.testing.assert_close(a, b)  # atomic additions differ in the last bits
-    torch._dynamo.reset()
 
 
 def test_opcheck(device):
