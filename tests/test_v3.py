@@ -378,6 +378,15 @@ def error_of_a_tile() -> str:
     return str(caught.value)
 
 
+def asks_for_delta(feature: str) -> bool:
+    """Whether the backward takes delta apart from the statistics for gradients of extras."""
+    from triflash.kernels.v3 import backward
+
+    with mock.patch.object(backward, "_rows_of", wraps=backward._rows_of) as rows:
+        launches_of(HOPPER, backward=True, headdim=128, causal=True, feature=feature)
+    return rows.called
+
+
 @pytest.fixture(scope="module")
 def compiling():
     """Calls a function in a process where Triton's interpreter is off."""
@@ -451,6 +460,12 @@ def test_machine_code_of_the_backward(call, compiler):
     assert kernel["stack"] <= stack
     assert kernel["registers_move"]
     assert not any(kernel["around"])
+
+
+def test_delta_is_taken_apart_for_sinks_alone(compiling):
+    features = ("softcap", "learned bias", "sinks", "sinks, learned bias")
+    asked = {feature: compiling(asks_for_delta, feature) for feature in features}
+    assert asked == {feature: "sinks" in feature for feature in features}
 
 
 @pytest.mark.parametrize(

@@ -460,7 +460,9 @@ def backward(
         plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
     if not features.with_grad:
         return dq, dk, dv
-    delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
+    delta = None
+    if "sinks" in features.with_grad:  # which alone need it
+        delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
     return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
 
 
