@@ -761,6 +761,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 33, "seqlen_q": 500, "seqlen_k": 640, "nheads": 4, "nheads_k": 4, "headdim": 96},
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
+        {"batch": 64, "seqlen_q": 100, "seqlen_k": 64, "nheads": 8, "nheads_k": 4, "headdim": 256},
     ],
 )
 def test_programs_that_walk_several_tiles(shape, causal, device):
