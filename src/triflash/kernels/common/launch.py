@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on and TMA demands of bases and strides
+_NUMBERS = (int, type(None))  # what may stand where a tensor may
 _MOST_BOUND = 256  # sets of addresses whose arguments a Launch keeps
 
 
@@ -62,7 +62,7 @@ class Launch:
         grid = self.grid if programs is None else (programs, 1, 1)
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
-            addresses = tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in tensors])
+            addresses = tuple([x if type(x) in _NUMBERS else x.data_ptr() for x in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())
@@ -78,7 +78,7 @@ class Launch:
         if compiled is not None:  # None from the interpreter
             self._run = compiled
             # v2's modifications and descriptors come made, which addresses cannot stand for.
-            if all(x is None or isinstance(x, (Tensor, int)) for x in tensors):
+            if all(type(x) in _NUMBERS or hasattr(x, "data_ptr") for x in tensors):
                 self._launcher = _launcher_of(compiled)
 
     def arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
