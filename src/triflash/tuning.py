@@ -77,6 +77,9 @@ class HopperBackwardConfig:
         stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
+        fused: a modification of scores comes in its fused form.
+        fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
+            begins with too much at once.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
@@ -97,6 +100,8 @@ class HopperBackwardConfig:
     dout_stages: int
     late_dp: bool = False
     late_dv: bool = False
+    fused: bool = False
+    fenced: bool = True
     fold: bool = True
     lag: bool = False
     backwards: bool = False
@@ -286,7 +291,7 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
 
 
 def v3_fuses(spec: AttentionSpec) -> bool:
-    """Whether v3's forward takes softcap or ALiBi in its fused form.
+    """Whether v3 can take softcap or ALiBi in its fused form, as its forward does.
 
     It must be the only score modification, and the scale so large that no constant overflows.
     Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
@@ -390,10 +395,11 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     d = _widest(spec)
     if d <= 64 and spec.features.mods:
         # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
-        # of p is not p: then p must go before.
+        # of p is not p: then p must go before. Measured, as a part of plain's speed: softcap 0.76,
+        # fused 0.80; not fenced, which spills, 0.75.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
-            fold=False, backwards=backwards,
+            fused="softcap" in uses and v3_fuses(spec), fold=False, backwards=backwards,
         )  # fmt: skip
     plain = not uses and spec.varlen is None
     if d <= 64:
@@ -430,7 +436,14 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
-        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
+        # At the power limit as parts of plain's speed, in sections both: softcap 0.84, not fenced
+        # 0.87, then fused 0.91; a user's soft sign 0.87, not fenced 0.93, as what a derivative
+        # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
+        keys = tuple(mod.key for mod in spec.features.score_mods)
+        return HopperBackwardConfig(
+            64, 128, 128, 128, 2, 2, late_dp=True, fused=v3_fuses(spec),
+            fenced=keys in ((), ("alibi",)), backwards=backwards,
+        )  # fmt: skip
     if d <= 128 and plain and _walks_whole_heads(spec, target):
         # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
         return HopperBackwardConfig(

@@ -257,7 +257,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
-            if always:  # over a branch ptxas moves nothing; else it begins with too much at once
+            if not C.fenced or always:  # over a branch ptxas moves nothing
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
@@ -485,12 +485,20 @@ def _rows_of(
 
 
 def _arguments(
-    features: Features, names_of_sums: tuple[str, ...], turn: Any, blocks: Any, *tensors: Any
+    features: Features,
+    names_of_sums: tuple[str, ...],
+    fused: bool,
+    turn: Any,
+    blocks: Any,
+    *tensors: Any,
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
-    named = dict(zip(names_of_sums, aux_sums, strict=True))
-    modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    if fused:
+        modifications = mods.fused_backward(features, extras)
+    else:
+        named = dict(zip(names_of_sums, aux_sums, strict=True))
+        modifications = mods.backward_arguments(features, extras, named, approximate=True)
     return turn, blocks, *modifications, mods.query_lists(features, extras)
 
 
@@ -602,6 +610,8 @@ def _prepare(
                 dout_stages=config.dout_stages,
                 late_dp=config.late_dp,
                 late_dv=config.late_dv,
+                fused=config.fused,
+                fenced=config.fenced,
                 fold=config.fold,
                 lag=config.lag,
                 backwards=config.backwards,
@@ -622,7 +632,7 @@ def _prepare(
         ),
         config,
         views,
-        partial(_arguments, spec.features, names_of_sums),
+        partial(_arguments, spec.features, names_of_sums, config.fused),
     )  # fmt: skip
     after = Launch(
         after_kernel,

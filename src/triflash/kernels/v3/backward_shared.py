@@ -41,6 +41,8 @@ class Schedule:
     dout_stages: int
     late_dp: bool
     late_dv: bool
+    fused: bool
+    fenced: bool
     fold: bool
     lag: bool
     backwards: bool
@@ -386,7 +388,11 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
     with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
     causal, window and the end of keys checked, and with lists of blocks MaskMod.
     """
-    if ScoreMods is not None:
+    if C.fused:
+        factor, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+        s = ScoreMods[0][0](s, q_pos, k_pos, seqlen_q, seqlen_k, constant)
+        p = gl.exp2(s * (factor * LOG2_E) - lse)
+    elif ScoreMods is not None:
         score = s * softmax_scale
         s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
         p = gl.exp2(s * LOG2_E - lse)
@@ -402,7 +408,9 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
             seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
             p = gl.where(seen, p, 0.0)
     derived = p
-    if ScoreMods is not None and not C.scatter:
+    if C.fused:
+        derived = ScoreMods[0][3](p, s)
+    elif ScoreMods is not None and not C.scatter:
         derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
                          C.inside)  # fmt: skip
     return p, derived
