@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from helpers import assert_within_budget, skip_unsupported, unexplained_races
 
-from triflash import attention, mods, registry
+from triflash import attention, mods, registry, tuning
 from triflash.spec import (
     FEATURES,
     PLAIN,
@@ -338,13 +338,17 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         # q k^T once before the loop and once in it, p v once in it and once behind it.
         products = sum(config.widths) // 16 + len(config.widths_v) * k[-2] // 16
         return config.consumers * 2 * products
+    parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
-        # q k^T and dout v^T; dv and dk in halves of 128 columns; dq in parts of 64.
-        d, d_v = q[-1], v[-1]
-        return d // 16 + d_v // 16 + 4 * (d + d_v) // 128 + 4 * d // 64
-    # Two warpgroups, each with five products of 64 keys: 32 in either tiling. 8 of them are dq's,
-    # which lag brings once more behind the loop.
-    return 2 * (32 + 8 * config.lag)
+        # q k^T and dout v^T; dv and dk in parts of 128 columns at most; dq in parts of 64.
+        d, d_v = config.width, config.width_v
+        most = sum(max(n, -(-x // 128)) for n, x in ((parts, d), (parts_v, d_v)))
+        return d // 16 + d_v // 16 + 4 * most + 4 * d // 64
+    # Two warpgroups, each with five products of 64 keys: 8 of them are dq's, which lag brings once
+    # more behind the loop.
+    of_scores = (config.width + config.width_v) // 16
+    of_keys = (parts + parts_v) * config.block_m // 16
+    return 2 * (of_scores + of_keys + 8 * (1 + config.lag))
 
 
 def loops(code: str) -> list[str]:
