@@ -104,6 +104,7 @@ class HopperBackwardConfig:
     kv_stages: int = 1
     whole_heads: bool = False
     wide: bool = False
+    split: bool = False
     num_warps: int = 4
     num_stages: int = 1
 

@@ -127,8 +127,8 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 @gluon.jit
 def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr, C: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
-    COLUMNS: gl.constexpr = parts_of(C.width)
-    WIDTH: gl.constexpr = width_of(C.width, W % COLUMNS)
+    COLUMNS: gl.constexpr = parts_of(C)
+    WIDTH: gl.constexpr = width_of(C, W % COLUMNS)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     dq = gl.zeros([PART, WIDTH], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
@@ -563,7 +563,7 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     widths, widths_v = tuning.v3_widths(config.width), tuning.v3_widths(config.width_v)
-    widths_dq = (PART.value, PART.value // 2)[: 1 + (config.width % PART.value > 0)]
+    widths_dq = (PART.value, PART.value // 2)[: 1 + (config.width % PART.value > 0 or config.split)]
     size_q, size_k = mods.block_sizes(spec.features)
     rows = size_q or block_m
     packed = spec.varlen is not None
@@ -642,6 +642,7 @@ def _prepare(
                 block_m=block_m,
                 block_n=block_n,
                 width=config.width,
+                split=config.split,
                 stages=config.stages,
                 dout_stages=config.dout_stages,
                 late_dp=config.late_dp,

@@ -45,6 +45,7 @@ class Schedule:
     block_m: int
     block_n: int
     width: int
+    split: bool
     stages: int
     dout_stages: int
     late_dp: bool
@@ -210,15 +211,41 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
 
 
 @gluon.constexpr_function
-def parts_of(width):
-    """How many parts dq has in columns."""
-    return (width + 63) // 64
+def widths_of(C):
+    """The parts of columns that dq is made in."""
+    widths = [PART.value] * (C.width // PART.value)
+    if C.split and len(widths) % 2:
+        return widths[:-1] + [PART.value // 2] * 2
+    return widths + [PART.value // 2] * (C.width % PART.value > 0)
 
 
 @gluon.constexpr_function
-def width_of(width, part):
-    """Columns of a part."""
-    return min(64, width - 64 * part)
+def parts_of(C):
+    """How many they are."""
+    return len(widths_of(C))
+
+
+@gluon.constexpr_function
+def width_of(C, part):
+    return widths_of(C)[part]
+
+
+@gluon.constexpr_function
+def column_of(C, part):
+    return sum(widths_of(C)[:part])
+
+
+@gluon.constexpr_function
+def smallest_of(C):
+    """The narrowest's rows of PART_COLUMNS in the sums."""
+    return widths_of(C)[-1] * PART.value // PART_COLUMNS.value
+
+
+@gluon.constexpr_function
+def place_of(C, part):
+    """Where a part of a tile of queries is in its sums, in units of the narrowest."""
+    rows, part = divmod(part, len(widths_of(C)))
+    return (rows * C.width + sum(widths_of(C)[:part])) // widths_of(C)[-1]
 
 
 @gluon.jit
@@ -572,36 +599,35 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
 
 
 @gluon.jit
-def lend(Sums, first_row, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constexpr,
+def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constexpr,
          C: gl.constexpr):  # fmt: skip
-    """Buffer w to who makes part `of` of dq, with its sums in it if `filled`."""
-    WIDTH: gl.constexpr = width_of(C.width, of % parts_of(C.width))
+    """Buffer w to who makes part `of` of dq, with its sums in it if `filled`; place as in add."""
+    WIDTH: gl.constexpr = width_of(C, of % parts_of(C))
     if filled:
         mbarrier.expect(dq_empty.index(w), Sums[WIDTH < PART].block_type.nbytes)
-        async_load(Sums[WIDTH < PART], [first_row + of * PART_ROWS, 0], dq_empty.index(w),
+        async_load(Sums[WIDTH < PART], [place * smallest_of(C), 0], dq_empty.index(w),
                    buffer_of(dq_smem, w, WIDTH))  # fmt: skip
     else:
         mbarrier.arrive(dq_empty.index(w), count=1)
 
 
 @gluon.jit
-def bring(Sums, first_row, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl.constexpr,
+def bring(Sums, place, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl.constexpr,
           w: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Part `of` of dq from buffer w to where it belongs."""
-    COLUMNS: gl.constexpr = parts_of(C.width)
-    WIDTH: gl.constexpr = width_of(C.width, of % COLUMNS)
+    COLUMNS: gl.constexpr = parts_of(C)
+    WIDTH: gl.constexpr = width_of(C, of % COLUMNS)
     HALF: gl.constexpr = WIDTH < PART
-    row = first_row + of * PART_ROWS
     if C.whole_heads:
         if start_m < final:
             store(dQ[HALF], places[0], head, start_m + of // COLUMNS * PART, places[3],
-                  rounded(dq_smem, w, dQ[HALF]), of % COLUMNS * PART)  # fmt: skip
+                  rounded(dq_smem, w, dQ[HALF]), column_of(C, of % COLUMNS))  # fmt: skip
         elif tile_n == 0:
-            async_store(Sums[HALF], [row, 0], buffer_of(dq_smem, w, WIDTH))
+            async_store(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
         else:
-            reduce_add(Sums[HALF], [row, 0], buffer_of(dq_smem, w, WIDTH))
+            reduce_add(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
     else:
-        reduce_add(Sums[HALF], [row, 0], buffer_of(dq_smem, w, WIDTH))
+        reduce_add(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
 
 
 @gluon.jit
@@ -610,7 +636,7 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     """The adder's tile pid, as in `produce`."""
     dq_smem, dq_full, dq_empty, done = shared[6], shared[8], shared[9], shared[10]
     kv_empty = shared[7][6]
-    COLUMNS: gl.constexpr = parts_of(C.width)
+    COLUMNS: gl.constexpr = parts_of(C)
     PARTS: gl.constexpr = C.block_m // PART * COLUMNS
     ROUNDS: gl.constexpr = (PARTS + 1) // DQ_BUFFERS
     group_size = sizes[2]
@@ -645,14 +671,16 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
             fence_async_global()
-        first_row = row * (C.block_m * C.width // PART_COLUMNS)  # of the sums
         for r in gl.static_range(ROUNDS):
+            # In the sums, counted in narrowest parts.
+            place = row * place_of(C, PARTS) + place_of(C, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
                 if r * DQ_BUFFERS + w < PARTS:
                     # The last of an odd number is followed by the first, of the same buffer.
                     tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
                     if C.whole_heads:
-                        lend(Sums, first_row, dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
+                        lend(Sums, place + (place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)),
+                             dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
                              r * DQ_BUFFERS + w, w, C)  # fmt: skip
                     else:
                         mbarrier.arrive(dq_empty.index(w), count=1)
@@ -661,7 +689,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                     # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
                     made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
                     mbarrier.wait(dq_full.index(w), made & 1)
-                    bring(Sums, first_row, dQ, places, head, start_m, tile_n, final, dq_smem,
+                    bring(Sums, place + (place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)),
+                          dQ, places, head, start_m, tile_n, final, dq_smem,
                           r * DQ_BUFFERS + w, w, C)  # fmt: skip
         if C.deterministic:
             wait_for_reductions()

@@ -26,6 +26,8 @@ from triflash.kernels.v3.backward_shared import (
     UNSPECIALIZED,
     add_products,
     adder,
+    buffer_of,
+    column_of,
     edges,
     finished,
     head_of,
@@ -39,6 +41,7 @@ from triflash.kernels.v3.backward_shared import (
     positions,
     producer,
     products,
+    width_of,
     zeros,
 )
 from triflash.kernels.v3.tma import barriers, parts, rings, tile, tiles_of
@@ -139,13 +142,19 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
 
 
 @gluon.jit
-def columns_of(k, COLUMN: gl.constexpr):
-    """PART columns of k, which may lie in two parts."""
+def start_dq(ds, k, PART_COLUMN: gl.constexpr, C: gl.constexpr):
+    """A part of dq, begun."""
+    WIDTH: gl.constexpr = width_of(C, PART_COLUMN)
+    COLUMN: gl.constexpr = column_of(C, PART_COLUMN)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    nothing = gl.zeros([PART, WIDTH], gl.float32, LAYOUT)
     if COLUMN < k[0].shape[1]:
-        result = k[0].slice(COLUMN, PART, dim=1)
+        columns = k[0].slice(COLUMN, WIDTH, dim=1)
+    elif WIDTH == PART:
+        columns = k[1]
     else:
-        result = k[1]
-    return result
+        columns = k[1].slice(COLUMN - k[0].shape[1], WIDTH, dim=1)
+    return warpgroup_mma(ds, columns, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -160,8 +169,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
     STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
-    ROUNDS: gl.constexpr = (parts_of(C.width) - W + 1) // DQ_BUFFERS
-    LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    ROUNDS: gl.constexpr = (parts_of(C) - W + 1) // DQ_BUFFERS
     _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
         gl.program_id(0), sizes, window_left, window_right, BlockLists, C
     )
@@ -183,9 +191,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
             acc = add_products((p, p), tiles_of(ring, ring_slot), acc)
             mbarrier.wait(ds_full.index(slot), phase)
         for r in gl.static_range(ROUNDS):
-            dq = gl.zeros([PART, PART], gl.float32, LAYOUT_P)
-            dq = warpgroup_mma(ds, columns_of(k, (r * DQ_BUFFERS + W) * PART), dq,
-                               use_acc=False, is_async=True)  # fmt: skip
+            dq = start_dq(ds, k, r * DQ_BUFFERS + W, C)
             if r == 0:
                 acc = finished(acc, 1)
                 mbarrier.arrive(ring_empty.index(ring_slot), count=1)
@@ -195,7 +201,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
             if r == ROUNDS - 1:
                 mbarrier.arrive(ds_empty.index(slot), count=1)
             mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1)
-            dq_smem.index(W).store(pack(dq))
+            buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
             fence_async_shared()
             mbarrier.arrive(dq_full.index(W), count=1)
 
