@@ -181,6 +181,18 @@ BACKWARD_CALLS = {
         "dlse": True,
     },
     "bf16-256-causal-deterministic": {"headdim": 256, "causal": True, "deterministic": True},
+    "bf16-96": {"headdim": 96},
+    "fp16-96-causal-gqa-tail-dlse": {
+        "dtype": FP16,
+        "headdim": 96,
+        "causal": True,
+        "nheads_k": 2,
+        "seqlen": 1000,
+        "dlse": True,
+    },
+    "bf16-96-causal-whole-heads": {"batch": 64, "seqlen": 512, "headdim": 96, "causal": True},
+    "bf16-192": {"headdim": 192},
+    "bf16-192-causal-deterministic": {"headdim": 192, "causal": True, "deterministic": True},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "bf16-64/256": {"headdim": 64, "headdim_v": 256},
     "bf16-64-packed": {"headdim": 64, "packed": True},
@@ -229,6 +241,10 @@ BACKWARD_CALLS = {
         "feature": "larger blocks, alibi",
         "deterministic": True,
     },
+    "bf16-96-causal-packed": {"headdim": 96, "packed": True, "causal": True},
+    "bf16-96-causal-learned bias": {"headdim": 96, "causal": True, "feature": "learned bias"},
+    "bf16-192-large blocks": {"headdim": 192, "feature": "large blocks"},
+    "bf16-192-both": {"headdim": 192, "feature": "both"},
     "bf16-256-left": {"headdim": 256, "feature": "left"},
     "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
     "bf16-256-documents": {"headdim": 256, "feature": "documents"},
@@ -701,7 +717,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
 
     q, lse, slopes = torch.zeros(1), torch.zeros(1), torch.zeros(2)
     launch = module.Launch(
-        None, 1, (2.0,), (7,), None, (lambda x: ("described", x),),
+        None, 1, (2.0,), (7,), None, (lambda x: ("described", x), None),
         lambda lse, slopes: (lse, (("function", (slopes, 0)),), None),
     )  # fmt: skip
     ran = []
@@ -711,10 +727,10 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
     stream = SimpleNamespace(get_current_stream=lambda _: 5, get_current_device=lambda: 0)
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
     for tensors in ((q, lse, slopes), (q, lse, slopes), (q, lse, slopes.clone())):
-        launch(*tensors)
+        launch(q, *tensors)
         at = tensors[-1].data_ptr()
         behind = (lse.data_ptr(), (("function", (at, 0)),), None, 2.0, 7)
-        assert ran[-1] == (1, 1, 1, 5, ("described", q), *behind)
+        assert ran[-1] == (1, 1, 1, 5, ("described", q), None, *behind)
     assert len(launch._bound) == 2
 
 
@@ -726,6 +742,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4},
         {"batch": 64, "seqlen_q": 300, "seqlen_k": 411, "nheads": 8, "nheads_k": 4},
         {"batch": 33, "seqlen_q": 500, "seqlen_k": 640, "nheads": 4, "nheads_k": 4, "headdim": 96},
+        {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4, "headdim": 128},
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
     ],
@@ -763,7 +780,7 @@ def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_deterministic_gradients_are_bitwise_the_same(headdim, causal, device):
     case = Case(

@@ -642,6 +642,7 @@ def _prepare(
                 block_m=block_m,
                 block_n=block_n,
                 width=config.width,
+                width_v=config.width_v,
                 split=config.split,
                 stages=config.stages,
                 dout_stages=config.dout_stages,

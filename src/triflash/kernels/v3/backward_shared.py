@@ -45,6 +45,7 @@ class Schedule:
     block_m: int
     block_n: int
     width: int
+    width_v: int
     split: bool
     stages: int
     dout_stages: int

@@ -225,6 +225,8 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     if C.packed:
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
+    # What those of dk and dv do not need goes to the warpgroup that makes p and ds.
+    REGISTERS: gl.constexpr = 192 if C.width == 256 or C.width_v == 256 else 160 if C.split else 176
     k_smem = rings(parts(K, K1), 1)
     v_smem = rings(parts(V, V1), 1)
     q_smem = rings(parts(Q, Q1), C.stages)
@@ -272,5 +274,5 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
                      parts(dV, dV1), Turn, sizes, window_left, window_right, BlockLists, C)),
         ],
         [4, 4, 1, 1],
-        [192, 192, 24, 24],
+        [REGISTERS, REGISTERS, 24, 24],
     )  # fmt: skip
