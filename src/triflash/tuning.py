@@ -449,7 +449,7 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         )
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
-    wide = 192 if d <= 192 else 256
+    wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
     width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
