@@ -105,6 +105,9 @@ class HopperBackwardConfig:
     whole_heads: bool = False
     wide: bool = False
     split: bool = False
+    rs: int = 0
+    both: bool = False
+    registers: int = 0
     num_warps: int = 4
     num_stages: int = 1
 

@@ -47,6 +47,9 @@ class Schedule:
     width: int
     width_v: int
     split: bool
+    rs: int
+    both: bool
+    registers: int
     stages: int
     dout_stages: int
     late_dp: bool
