@@ -247,6 +247,13 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         mbarrier.arrive(ds_full.index(i % DS_STAGES), count=1)
     mbarrier.wait(k_full.index(kv + W), phase_kv)
     mbarrier.wait(v_full.index(kv + W), phase_kv)
+    a_k, a_v = k, v
+    if C.rs & 1:
+        a_k = (k[0].load(gl.DotOperandLayout(0, LAYOUT_S, 2)), k[1])
+    if C.rs & 2:
+        a_k = (k[0], k[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
+    if C.rs & 4:
+        a_v = (v[0], v[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
     if C.persistent:  # Triton 3.6 takes a variable for dead that only bounds an inner loop
         mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
     for at in range(step, step + group_size * blocks):
@@ -264,19 +271,19 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         mbarrier.wait(q_full.index(slot), phase)
         nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
         if C.late_dp:
-            s_t = products(k, q, nothing, False)
+            s_t = products(a_k, q, nothing, False)
             dp_t = nothing
         elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
             dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            s_t = products(k, q, nothing, False)
-            dp_t = products(v, dout, dp_t, True)
+            s_t = products(a_k, q, nothing, False)
+            dp_t = products(a_v, dout, dp_t, True)
         else:
-            s_t = products(k, q, nothing, False)
+            s_t = products(a_k, q, nothing, False)
             mbarrier.wait(do_full.index(slot), phase)
-            dp_t = products(v, dout, nothing, False)
+            dp_t = products(a_v, dout, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
         if MODIFIED:
@@ -303,7 +310,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             mbarrier.wait(do_full.index(slot), phase)
             if C.fold:
                 dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            dp_t = products(v, dout, dp_t, C.fold)
+            dp_t = products(a_v, dout, dp_t, C.fold)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
