@@ -251,7 +251,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     if C.rs & 1:
         a_k = (k[0].load(gl.DotOperandLayout(0, LAYOUT_S, 2)), k[1])
     if C.rs & 2:
-        a_k = (k[0], k[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
+        a_k = (a_k[0], k[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
     if C.rs & 4:
         a_v = (v[0], v[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
     if C.persistent:  # Triton 3.6 takes a variable for dead that only bounds an inner loop
