@@ -107,6 +107,7 @@ class HopperBackwardConfig:
     split: bool = False
     rs: int = 0
     both: bool = False
+    ahead: int = 0
     registers: int = 0
     num_warps: int = 4
     num_stages: int = 1

@@ -254,6 +254,14 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         a_k = (a_k[0], k[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
     if C.rs & 4:
         a_v = (v[0], v[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
+    nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
+    s_next = nothing
+    end = step + group_size * blocks
+    if C.ahead:
+        if blocks > 0:
+            mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
+        s_next = products(a_k, tiles_of(q_smem, step % STAGES), nothing, False)
+        s_next = warpgroup_mma_wait(0, deps=(s_next,))
     if C.persistent:  # Triton 3.6 takes a variable for dead that only bounds an inner loop
         mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
     for at in range(step, step + group_size * blocks):
@@ -268,9 +276,21 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         q = tiles_of(q_smem, slot)
         dout = tiles_of(do_smem, slot)
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
-        mbarrier.wait(q_full.index(slot), phase)
+        if not C.ahead:
+            mbarrier.wait(q_full.index(slot), phase)
         nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.late_dp:
+        if C.ahead:
+            s_t = s_next
+            mbarrier.wait(do_full.index(slot), phase)
+            dp_t = nothing
+            if C.fold:
+                dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
+            dp_t = products(a_v, dout, dp_t, C.fold)
+            if C.ahead == 1:
+                if at + 1 < end:  # else a product of nothing
+                    mbarrier.wait(q_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1)
+                s_next = products(a_k, tiles_of(q_smem, (at + 1) % STAGES), nothing, False)
+        elif C.late_dp:
             s_t = products(a_k, q, nothing, False)
             dp_t = nothing
         elif C.fold:
@@ -285,7 +305,8 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             mbarrier.wait(do_full.index(slot), phase)
             dp_t = products(a_v, dout, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
+        if not C.ahead:
+            s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(ds_smem.dtype), s_t
             if always:  # over a branch ptxas moves nothing; else it begins with too much at once
@@ -306,7 +327,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                     p_t = gl.where(seen, p_t, 0.0)
             p_16 = p_t.to(ds_smem.dtype)
         p_16 = operands(p_16, dv)
-        if C.late_dp:
+        if C.late_dp and not C.ahead:
             mbarrier.wait(do_full.index(slot), phase)
             if C.fold:
                 dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
@@ -315,7 +336,11 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
             dv = add_products(p_16, dout, dv)
-            dp_t = warpgroup_mma_wait(len(dv), deps=(dp_t,))
+            if C.ahead == 2:
+                if at + 1 < end:  # else a product of nothing
+                    mbarrier.wait(q_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1)
+                s_next = products(a_k, tiles_of(q_smem, (at + 1) % STAGES), nothing, False)
+            dp_t = warpgroup_mma_wait(len(dv) + (C.ahead > 0) * len(k), deps=(dp_t,))
         if not C.fold:
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
@@ -342,7 +367,12 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             meet(256)
         dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
         dk = add_products(ds_16, q, dk)  # hides storing dq
-        if len(dv) == 1:
+        if C.ahead:
+            first, second, s_next, dq = warpgroup_mma_wait(
+                len(dk), deps=(dv[0], dv[1], s_next, dq)
+            )
+            dv = (first, second)
+        elif len(dv) == 1:
             first, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dq))
             dv = (first,)
         else:
@@ -653,6 +683,7 @@ def _prepare(
                 split=config.split,
                 rs=config.rs,
                 both=config.both,
+                ahead=config.ahead,
                 registers=config.registers,
                 stages=config.stages,
                 dout_stages=config.dout_stages,
@@ -680,7 +711,7 @@ def _prepare(
         (*views, *more_views),
         partial(_arguments, spec.features, names_of_sums),
     )  # fmt: skip
-    parts_of_sums = size_of_sums // (PART.value * widths_dq[-1])
+    parts_of_sums = size_of_sums // (PART.value * (64 if config.width % 64 == 0 else 32))
     after = Launch(
         after_kernel,
         tiles * parts_of_sums,

@@ -49,6 +49,7 @@ class Schedule:
     split: bool
     rs: int
     both: bool
+    ahead: int
     registers: int
     stages: int
     dout_stages: int
