@@ -79,7 +79,15 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     v = tiles_of(v_smem, 0)
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(v_full.index(0), 0)
-    for i in range(group_size * blocks):
+    steps = group_size * blocks
+    nothing = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
+    s_next = nothing
+    if C.ahead:
+        if steps > 0:
+            mbarrier.wait(q_full.index(0), 0)
+        s_next = products(tiles_of(q_smem, 0), k, nothing, False)
+        s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    for i in range(steps):
         if MODIFIED:
             head = head_of(i, head_k, blocks, group_size, C)
             start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
@@ -91,15 +99,23 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         q = tiles_of(q_smem, q_slot)
         dout = tiles_of(do_smem, do_slot)
         stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
-        mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
         nothing = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
-        s = products(q, k, nothing, False)
+        if C.ahead:
+            s = s_next
+        else:
+            mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
+            s = products(q, k, nothing, False)
         if not C.late_dp:
             mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
             dp = products(dout, v, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-        s = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s,))
+        if C.ahead:
+            if i + 1 < steps:
+                mbarrier.wait(q_full.index((i + 1) % C.stages), (i + 1) // C.stages & 1)
+            s_next = products(tiles_of(q_smem, (i + 1) % C.stages), k, nothing, False)
+        else:
+            s = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         if MODIFIED:
             p, derived = s, s
@@ -127,7 +143,10 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         if C.late_dp:
             mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
             dp = products(dout, v, nothing, False)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
+        if C.ahead:
+            dp, s_next = warpgroup_mma_wait(0, deps=(dp, s_next))
+        else:
+            dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
