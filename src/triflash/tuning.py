@@ -436,7 +436,9 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
-        return HopperBackwardConfig(64, 128, width, width_v, 2, 2, late_dp=True, backwards=backwards)
+        return HopperBackwardConfig(
+            64, 128, width, width_v, 2, 2, late_dp=True, backwards=backwards
+        )
     if d <= 128 and plain and _walks_whole_heads(spec, target):
         # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
         return HopperBackwardConfig(

@@ -83,9 +83,7 @@ class Launch:
     def arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
         """What the kernel is called with for these tensors."""
         count = len(self.views)
-        described = [
-            view and view(x) for view, x in zip(self.views, tensors[:count], strict=True)
-        ]
+        described = [view and view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
         return [*described, *self.arrange(*tensors[count:]), *self._values]
 
     def _bind(self, addresses: tuple[int, ...], tensors: tuple[Any, ...]) -> list[Any]:

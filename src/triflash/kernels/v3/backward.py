@@ -63,6 +63,7 @@ from triflash.kernels.v3.backward_shared import (
     after_kernel,
     before_kernel,
     buffer_of,
+    columns_of,
     edges,
     finished,
     head_of,
@@ -74,7 +75,6 @@ from triflash.kernels.v3.backward_shared import (
     next_block,
     operands,
     pack,
-    parts_of,
     positions,
     producer,
     products,
@@ -127,8 +127,8 @@ def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
 @gluon.jit
 def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr, C: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
-    COLUMNS: gl.constexpr = parts_of(C)
-    WIDTH: gl.constexpr = width_of(C, W % COLUMNS)
+    COLUMNS: gl.constexpr = columns_of(C)
+    WIDTH: gl.constexpr = width_of(C, W)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     dq = gl.zeros([PART, WIDTH], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
@@ -368,9 +368,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
         dk = add_products(ds_16, q, dk)  # hides storing dq
         if C.ahead:
-            first, second, s_next, dq = warpgroup_mma_wait(
-                len(dk), deps=(dv[0], dv[1], s_next, dq)
-            )
+            first, second, s_next, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dv[1], s_next, dq))
             dv = (first, second)
         elif len(dv) == 1:
             first, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dq))
@@ -524,9 +522,7 @@ def backward(
     plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
         described = (q, k, v, dout, stats, sums, dq, dk, dv, q, k, v, dout, sums, dq, dk, dv)
-        plan.backward(
-            *described, turn, blocks, *extras, *aux_sums.values(), programs=programs
-        )
+        plan.backward(*described, turn, blocks, *extras, *aux_sums.values(), programs=programs)
     if plan.after is not None:
         plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * plan.parts)
     if not features.with_grad:

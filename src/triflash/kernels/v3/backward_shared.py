@@ -209,15 +209,14 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
     """Buffer w of parts for one of [PART, WIDTH]."""
     buffer = dq_smem.index(w)
     if WIDTH < PART:
-        buffer = buffer._reinterpret(
-            buffer.dtype, [WIDTH * PART // PART_COLUMNS, PART_COLUMNS], buffer.layout
-        )
+        SHAPE: gl.constexpr = [WIDTH * PART // PART_COLUMNS, PART_COLUMNS]
+        buffer = buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
     return buffer
 
 
 @gluon.constexpr_function
 def widths_of(C):
-    """The parts of columns that dq is made in."""
+    """The parts of a tile's columns that dq is made in, as many for either warpgroup if it can be."""
     widths = [PART.value] * (C.width // PART.value)
     if C.split and len(widths) % 2:
         return widths[:-1] + [PART.value // 2] * 2
@@ -225,32 +224,33 @@ def widths_of(C):
 
 
 @gluon.constexpr_function
-def parts_of(C):
-    """How many they are."""
+def columns_of(C):
+    """How many parts of columns there are."""
     return len(widths_of(C))
 
 
 @gluon.constexpr_function
 def width_of(C, part):
-    return widths_of(C)[part]
+    return widths_of(C)[part % len(widths_of(C))]
 
 
 @gluon.constexpr_function
 def column_of(C, part):
-    return sum(widths_of(C)[:part])
-
-
-@gluon.constexpr_function
-def smallest_of(C):
-    """The narrowest's rows of PART_COLUMNS in the sums."""
-    return widths_of(C)[-1] * PART.value // PART_COLUMNS.value
+    """The first column of a part."""
+    return sum(widths_of(C)[: part % len(widths_of(C))])
 
 
 @gluon.constexpr_function
 def place_of(C, part):
-    """Where a part of a tile of queries is in its sums, in units of the narrowest."""
+    """Where a part of a tile of queries is in its sums, in units of the narrowest part."""
     rows, part = divmod(part, len(widths_of(C)))
     return (rows * C.width + sum(widths_of(C)[:part])) // widths_of(C)[-1]
+
+
+@gluon.constexpr_function
+def rows_of_unit(C):
+    """Rows of PART_COLUMNS of the narrowest part."""
+    return widths_of(C)[-1] * PART.value // PART_COLUMNS.value
 
 
 @gluon.jit
@@ -606,11 +606,14 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
 @gluon.jit
 def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constexpr,
          C: gl.constexpr):  # fmt: skip
-    """Buffer w to who makes part `of` of dq, with its sums in it if `filled`; place as in add."""
-    WIDTH: gl.constexpr = width_of(C, of % parts_of(C))
+    """Buffer w to who makes part `of` of dq, with its sums in it if `filled`.
+
+    place is the part's among the sums, counted as in `place_of`.
+    """
+    WIDTH: gl.constexpr = width_of(C, of)
     if filled:
         mbarrier.expect(dq_empty.index(w), Sums[WIDTH < PART].block_type.nbytes)
-        async_load(Sums[WIDTH < PART], [place * smallest_of(C), 0], dq_empty.index(w),
+        async_load(Sums[WIDTH < PART], [place * rows_of_unit(C), 0], dq_empty.index(w),
                    buffer_of(dq_smem, w, WIDTH))  # fmt: skip
     else:
         mbarrier.arrive(dq_empty.index(w), count=1)
@@ -619,20 +622,19 @@ def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constex
 @gluon.jit
 def bring(Sums, place, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl.constexpr,
           w: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """Part `of` of dq from buffer w to where it belongs."""
-    COLUMNS: gl.constexpr = parts_of(C)
-    WIDTH: gl.constexpr = width_of(C, of % COLUMNS)
+    """Part `of` of dq from buffer w to where it belongs, place as in `lend`."""
+    WIDTH: gl.constexpr = width_of(C, of)
     HALF: gl.constexpr = WIDTH < PART
     if C.whole_heads:
         if start_m < final:
-            store(dQ[HALF], places[0], head, start_m + of // COLUMNS * PART, places[3],
-                  rounded(dq_smem, w, dQ[HALF]), column_of(C, of % COLUMNS))  # fmt: skip
+            store(dQ[HALF], places[0], head, start_m + of // columns_of(C) * PART, places[3],
+                  rounded(dq_smem, w, dQ[HALF]), column_of(C, of))  # fmt: skip
         elif tile_n == 0:
-            async_store(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
+            async_store(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
         else:
-            reduce_add(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
+            reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
     else:
-        reduce_add(Sums[HALF], [place * smallest_of(C), 0], buffer_of(dq_smem, w, WIDTH))
+        reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
 
 
 @gluon.jit
@@ -641,8 +643,7 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     """The adder's tile pid, as in `produce`."""
     dq_smem, dq_full, dq_empty, done = shared[6], shared[8], shared[9], shared[10]
     kv_empty = shared[7][6]
-    COLUMNS: gl.constexpr = parts_of(C)
-    PARTS: gl.constexpr = C.block_m // PART * COLUMNS
+    PARTS: gl.constexpr = C.block_m // PART * columns_of(C)
     ROUNDS: gl.constexpr = (PARTS + 1) // DQ_BUFFERS
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
@@ -677,16 +678,15 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
-            # In the sums, counted in narrowest parts.
             place = row * place_of(C, PARTS) + place_of(C, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
                 if r * DQ_BUFFERS + w < PARTS:
                     # The last of an odd number is followed by the first, of the same buffer.
                     tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
                     if C.whole_heads:
-                        lend(Sums, place + (place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)),
-                             dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
-                             r * DQ_BUFFERS + w, w, C)  # fmt: skip
+                        behind = place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)
+                        lend(Sums, place + behind, dq_smem, dq_empty,
+                             (start_m < final) & (tile_n > 0), r * DQ_BUFFERS + w, w, C)  # fmt: skip
                     else:
                         mbarrier.arrive(dq_empty.index(w), count=1)
             for w in gl.static_range(DQ_BUFFERS):
@@ -694,8 +694,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                     # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
                     made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
                     mbarrier.wait(dq_full.index(w), made & 1)
-                    bring(Sums, place + (place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)),
-                          dQ, places, head, start_m, tile_n, final, dq_smem,
+                    behind = place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)
+                    bring(Sums, place + behind, dQ, places, head, start_m, tile_n, final, dq_smem,
                           r * DQ_BUFFERS + w, w, C)  # fmt: skip
         if C.deterministic:
             wait_for_reductions()

@@ -28,6 +28,7 @@ from triflash.kernels.v3.backward_shared import (
     adder,
     buffer_of,
     column_of,
+    columns_of,
     edges,
     finished,
     head_of,
@@ -38,7 +39,6 @@ from triflash.kernels.v3.backward_shared import (
     next_block,
     operands,
     pack,
-    parts_of,
     positions,
     producer,
     products,
@@ -191,7 +191,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
     STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
-    ROUNDS: gl.constexpr = (parts_of(C) - W + 1) // DQ_BUFFERS
+    ROUNDS: gl.constexpr = (columns_of(C) - W + 1) // DQ_BUFFERS
     _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
         gl.program_id(0), sizes, window_left, window_right, BlockLists, C
     )
@@ -286,7 +286,15 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
     # What those of dk and dv do not need goes to the warpgroup that makes p and ds.
-    REGISTERS: gl.constexpr = 192 if C.width == 256 or C.width_v == 256 else C.registers if C.registers > 0 else 160 if C.split else 176
+    REGISTERS: gl.constexpr = (
+        192
+        if C.width == 256 or C.width_v == 256
+        else C.registers
+        if C.registers > 0
+        else 160
+        if C.split
+        else 176
+    )
     k_smem = rings(parts(K, K1), 1)
     v_smem = rings(parts(V, V1), 1)
     q_smem = rings(parts(Q, Q1), C.stages)
