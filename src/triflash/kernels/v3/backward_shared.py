@@ -82,7 +82,7 @@ DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes 
 # Parameters of the kernels that programs are not compiled anew for.
 UNSPECIALIZED = [
     "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
-    "tiles",
+    "tiles", "section",
 ]  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def column_of(C, part):
 
 
 @gluon.constexpr_function
-def place_of(C, part):
+def units_before(C, part):
     """Where a part of a tile of queries is in its sums, in units of the narrowest part."""
     rows, part = divmod(part, len(widths_of(C)))
     return (rows * C.width + sum(widths_of(C)[:part])) // widths_of(C)[-1]
@@ -351,6 +351,20 @@ def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
 
 
 @gluon.jit
+def place_of(pid, tiles_n, rows, section):
+    """Program pid as (tile of tiles_n, row): row after row, or the first tiles of `section` rows,
+    then their second ones and so on."""
+    if section is None:
+        tile_n, row = pid % tiles_n, pid // tiles_n
+    else:
+        first = pid // (section * tiles_n) * section
+        heads = gl.minimum(section, rows - first)
+        place = pid - first * tiles_n
+        tile_n, row = place // heads, first + place % heads
+    return tile_n, row
+
+
+@gluon.jit
 def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     """What tile pid is: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
@@ -358,19 +372,19 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
 
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     With BlockLists blocks are those listed, and what they need `listed` knows.
-    When causal the first keys are seen by the most queries, so the longest programs come first.
+    When causal the first keys are seen by the most queries, so the longest programs come first, and
+    with sections those of some heads together: else the last head's would begin when most is done.
     """
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes[:6]
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section = sizes
     if C.packed:
+        block, head_k = place_of(pid, gl.load(Blocks), nheads_k, section)
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
-            Blocks, pid % gl.load(Blocks)
+            Blocks, block
         )
         tile_n = start_n // C.block_n
-        head_k = pid // gl.load(Blocks)
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
-        tile_n = pid % tiles_n
-        row = pid // tiles_n
+        tile_n, row = place_of(pid, tiles_n, tiles // tiles_n, section)
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -678,13 +692,13 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
-            place = row * place_of(C, PARTS) + place_of(C, r * DQ_BUFFERS)
+            place = row * units_before(C, PARTS) + units_before(C, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
                 if r * DQ_BUFFERS + w < PARTS:
                     # The last of an odd number is followed by the first, of the same buffer.
                     tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
                     if C.whole_heads:
-                        behind = place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)
+                        behind = units_before(C, r * DQ_BUFFERS + w) - units_before(C, r * DQ_BUFFERS)
                         lend(Sums, place + behind, dq_smem, dq_empty,
                              (start_m < final) & (tile_n > 0), r * DQ_BUFFERS + w, w, C)  # fmt: skip
                     else:
@@ -694,7 +708,7 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                     # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
                     made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
                     mbarrier.wait(dq_full.index(w), made & 1)
-                    behind = place_of(C, r * DQ_BUFFERS + w) - place_of(C, r * DQ_BUFFERS)
+                    behind = units_before(C, r * DQ_BUFFERS + w) - units_before(C, r * DQ_BUFFERS)
                     bring(Sums, place + behind, dQ, places, head, start_m, tile_n, final, dq_smem,
                           r * DQ_BUFFERS + w, w, C)  # fmt: skip
         if C.deterministic:
