@@ -105,10 +105,7 @@ class HopperBackwardConfig:
     whole_heads: bool = False
     wide: bool = False
     split: bool = False
-    rs: int = 0
-    both: bool = False
     ahead: int = 0
-    registers: int = 0
     num_warps: int = 4
     num_stages: int = 1
 

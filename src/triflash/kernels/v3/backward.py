@@ -5,7 +5,8 @@ keys each, and dk and dv of these in registers; a warp loads q, dout, lse and de
 a warp adds dq to float32 sums in memory by TMA. Scores and dp are computed transposed, so that p
 and ds leave their products in the registers where dv = p^T dout and dk = ds^T q want them; only
 dq = ds k, whose sum runs over the keys of both warpgroups, takes ds through shared memory.
-Head dimensions above 128 have a schedule of their own, in backward_wide.py.
+Head dimensions above 128 have a schedule of their own, in backward_wide.py. 96 and 192 columns lie
+in two parts, 64 + 32 and 128 + 64, as tiles are powers of two: a product of theirs is two.
 
 A kernel before it makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums;
 one behind it rounds them to dq. The sums of a tile lie as the threads hold them, see `pack`.
@@ -16,9 +17,9 @@ order of its keys, then the first stores its dq instead of adding it, the last a
 and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
 
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
-sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 or 128; and 2 numbers
-a row. Whole heads: sums for the heads that are in flight. With deterministic=True programs add to a
-tile of dq in the order of their keys.
+sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
+64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
+deterministic=True programs add to a tile of dq in the order of their keys.
 """
 
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def part_of_ds(ds_smem, slot, PART_ROW: gl.constexpr):
 
 @gluon.jit
 def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
-    """k [KEYS, PART] of one warpgroup's keys and the columns of a part; the last may be narrower."""
+    """k [KEYS, PART] of one warpgroup's keys and the columns of a part, or half as wide."""
     if len(k_smem) == 2:
         k = tile(k_smem[PART_COLUMN], w)
     else:
@@ -247,21 +248,6 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         mbarrier.arrive(ds_full.index(i % DS_STAGES), count=1)
     mbarrier.wait(k_full.index(kv + W), phase_kv)
     mbarrier.wait(v_full.index(kv + W), phase_kv)
-    a_k, a_v = k, v
-    if C.rs & 1:
-        a_k = (k[0].load(gl.DotOperandLayout(0, LAYOUT_S, 2)), k[1])
-    if C.rs & 2:
-        a_k = (a_k[0], k[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
-    if C.rs & 4:
-        a_v = (v[0], v[1].load(gl.DotOperandLayout(0, LAYOUT_S, 2)))
-    nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-    s_next = nothing
-    end = step + group_size * blocks
-    if C.ahead:
-        if blocks > 0:
-            mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
-        s_next = products(a_k, tiles_of(q_smem, step % STAGES), nothing, False)
-        s_next = warpgroup_mma_wait(0, deps=(s_next,))
     if C.persistent:  # Triton 3.6 takes a variable for dead that only bounds an inner loop
         mbarrier.wait(q_full.index(step % STAGES), step // STAGES & 1)
     for at in range(step, step + group_size * blocks):
@@ -276,37 +262,24 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         q = tiles_of(q_smem, slot)
         dout = tiles_of(do_smem, slot)
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
-        if not C.ahead:
-            mbarrier.wait(q_full.index(slot), phase)
+        mbarrier.wait(q_full.index(slot), phase)
         nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
-        if C.ahead:
-            s_t = s_next
-            mbarrier.wait(do_full.index(slot), phase)
-            dp_t = nothing
-            if C.fold:
-                dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            dp_t = products(a_v, dout, dp_t, C.fold)
-            if C.ahead == 1:
-                if at + 1 < end:  # else a product of nothing
-                    mbarrier.wait(q_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1)
-                s_next = products(a_k, tiles_of(q_smem, (at + 1) % STAGES), nothing, False)
-        elif C.late_dp:
-            s_t = products(a_k, q, nothing, False)
+        if C.late_dp:
+            s_t = products(k, q, nothing, False)
             dp_t = nothing
         elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
             dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            s_t = products(a_k, q, nothing, False)
-            dp_t = products(a_v, dout, dp_t, True)
+            s_t = products(k, q, nothing, False)
+            dp_t = products(v, dout, dp_t, True)
         else:
-            s_t = products(a_k, q, nothing, False)
+            s_t = products(k, q, nothing, False)
             mbarrier.wait(do_full.index(slot), phase)
-            dp_t = products(a_v, dout, nothing, False)
+            dp_t = products(v, dout, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        if not C.ahead:
-            s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
+        s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(ds_smem.dtype), s_t
             if always:  # over a branch ptxas moves nothing; else it begins with too much at once
@@ -327,20 +300,16 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                     p_t = gl.where(seen, p_t, 0.0)
             p_16 = p_t.to(ds_smem.dtype)
         p_16 = operands(p_16, dv)
-        if C.late_dp and not C.ahead:
+        if C.late_dp:
             mbarrier.wait(do_full.index(slot), phase)
             if C.fold:
                 dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            dp_t = products(a_v, dout, dp_t, C.fold)
+            dp_t = products(v, dout, dp_t, C.fold)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
             dv = add_products(p_16, dout, dv)
-            if C.ahead == 2:
-                if at + 1 < end:  # else a product of nothing
-                    mbarrier.wait(q_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1)
-                s_next = products(a_k, tiles_of(q_smem, (at + 1) % STAGES), nothing, False)
-            dp_t = warpgroup_mma_wait(len(dv) + (C.ahead > 0) * len(k), deps=(dp_t,))
+            dp_t = warpgroup_mma_wait(len(dv), deps=(dp_t,))
         if not C.fold:
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
@@ -367,10 +336,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             meet(256)
         dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
         dk = add_products(ds_16, q, dk)  # hides storing dq
-        if C.ahead:
-            first, second, s_next, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dv[1], s_next, dq))
-            dv = (first, second)
-        elif len(dv) == 1:
+        if len(dv) == 1:
             first, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dq))
             dv = (first,)
         else:
@@ -456,10 +422,10 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
-            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 0, C)),
-            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 1, C)),
+            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right,
+                        ScoreMods, MaskMod, BlockLists, 0, C)),
+            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right,
+                        ScoreMods, MaskMod, BlockLists, 1, C)),
             (producer, (shared, parts(Q, Q1), parts(K, K1), parts(V, V1), parts(dOut, dOut1),
                         Stats, sizes, window_left, window_right, BlockLists, C)),
             (adder, (shared, k_smem, v_smem, parts(Sums, Sums1), parts(dQ, dQ1), parts(dK, dK1),
@@ -631,7 +597,9 @@ def _prepare(
     def views_of(part: int) -> list[Callable[[torch.Tensor], TensorDescriptor] | None]:
         """Those of a part of columns, where there is one."""
 
-        def columns(shape, stride, rows, widths):  # type: ignore[no-untyped-def]
+        def columns(
+            shape: tuple[int, ...], stride: tuple[int, ...], rows: int, widths: tuple[int, ...]
+        ) -> Callable[[torch.Tensor], TensorDescriptor] | None:
             if part == len(widths):
                 return None
             return describe(shape, stride, rows, widths[part], spec.dtype)
@@ -679,10 +647,7 @@ def _prepare(
                 width=config.width,
                 width_v=config.width_v,
                 split=config.split,
-                rs=config.rs,
-                both=config.both,
                 ahead=config.ahead,
-                registers=config.registers,
                 stages=config.stages,
                 dout_stages=config.dout_stages,
                 late_dp=config.late_dp,

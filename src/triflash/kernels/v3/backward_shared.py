@@ -47,10 +47,7 @@ class Schedule:
     width: int
     width_v: int
     split: bool
-    rs: int
-    both: bool
     ahead: int
-    registers: int
     stages: int
     dout_stages: int
     late_dp: bool
@@ -216,7 +213,7 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
 
 @gluon.constexpr_function
 def widths_of(C):
-    """The parts of a tile's columns that dq is made in, as many for either warpgroup if it can be."""
+    """The parts of columns that dq is made in, in turn by either warpgroup."""
     widths = [PART.value] * (C.width // PART.value)
     if C.split and len(widths) % 2:
         return widths[:-1] + [PART.value // 2] * 2
@@ -241,10 +238,10 @@ def column_of(C, part):
 
 
 @gluon.constexpr_function
-def units_before(C, part):
-    """Where a part of a tile of queries is in its sums, in units of the narrowest part."""
-    rows, part = divmod(part, len(widths_of(C)))
-    return (rows * C.width + sum(widths_of(C)[:part])) // widths_of(C)[-1]
+def units_before(C, begin, end):
+    """How much of a tile's sums parts [begin, end) are, in units of the narrowest part."""
+    widths = widths_of(C) * (C.block_m // PART.value)
+    return sum(widths[begin:end]) // widths[-1]
 
 
 @gluon.constexpr_function
@@ -603,8 +600,8 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
-    Buffer w of dq_smem brings parts w, w + 2, ... of a tile. Sums are two descriptors, for parts and
-    for those half as wide, and so is dQ.
+    Buffer w of dq_smem brings parts w, w + 2, ... of a tile. Sums are two descriptors if there are
+    parts half as wide, the second for these, and so is dQ.
     """
     if C.persistent:
         first, count, apart = tiles_of_program(sizes, C)
@@ -622,7 +619,7 @@ def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constex
          C: gl.constexpr):  # fmt: skip
     """Buffer w to who makes part `of` of dq, with its sums in it if `filled`.
 
-    place is the part's among the sums, counted as in `place_of`.
+    place is the part's among the sums, counted as in `units_before`.
     """
     WIDTH: gl.constexpr = width_of(C, of)
     if filled:
@@ -692,15 +689,15 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
-            place = row * units_before(C, PARTS) + units_before(C, r * DQ_BUFFERS)
+            place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
                 if r * DQ_BUFFERS + w < PARTS:
                     # The last of an odd number is followed by the first, of the same buffer.
                     tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
                     if C.whole_heads:
-                        behind = units_before(C, r * DQ_BUFFERS + w) - units_before(C, r * DQ_BUFFERS)
-                        lend(Sums, place + behind, dq_smem, dq_empty,
-                             (start_m < final) & (tile_n > 0), r * DQ_BUFFERS + w, w, C)  # fmt: skip
+                        lend(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w),
+                             dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
+                             r * DQ_BUFFERS + w, w, C)  # fmt: skip
                     else:
                         mbarrier.arrive(dq_empty.index(w), count=1)
             for w in gl.static_range(DQ_BUFFERS):
@@ -708,9 +705,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                     # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
                     made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
                     mbarrier.wait(dq_full.index(w), made & 1)
-                    behind = units_before(C, r * DQ_BUFFERS + w) - units_before(C, r * DQ_BUFFERS)
-                    bring(Sums, place + behind, dQ, places, head, start_m, tile_n, final, dq_smem,
-                          r * DQ_BUFFERS + w, w, C)  # fmt: skip
+                    bring(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w), dQ,
+                          places, head, start_m, tile_n, final, dq_smem, r * DQ_BUFFERS + w, w,
+                          C)  # fmt: skip
         if C.deterministic:
             wait_for_reductions()
             fence_async_global()

@@ -37,7 +37,6 @@ from triflash.kernels.v3.backward_shared import (
     masked,
     modified,
     next_block,
-    operands,
     pack,
     positions,
     producer,
@@ -174,8 +173,6 @@ def start_dq(ds, k, PART_COLUMN: gl.constexpr, C: gl.constexpr):
         columns = k[1]
     else:
         columns = k[1].slice(COLUMN - k[0].shape[1], WIDTH, dim=1)
-    if C.rs & 2:
-        ds = operands(ds, (nothing,))[0]
     return warpgroup_mma(ds, columns, nothing, use_acc=False, is_async=True)
 
 
@@ -202,68 +199,30 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
         slot = i % P_STAGES
         phase = i // P_STAGES & 1
         ring_slot = i % STAGES
-        LAYOUT_A: gl.constexpr = gl.DotOperandLayout(0, acc[0].type.layout, 2)
+        ds = ds_smem.index(slot)
         if IS_DK:
             mbarrier.wait(ds_full.index(slot), phase)
-            ds = ds_smem.index(slot)
-            x = ds.permute((1, 0))
-            if C.rs & 1:
-                x = x.load(LAYOUT_A)
-                acc = add_products(operands(x, acc), tiles_of(ring, ring_slot), acc)
-            else:
-                acc = add_products((x, x), tiles_of(ring, ring_slot), acc)
-            if C.rs & 2:
-                ds = ds.load(LAYOUT_A)
-                if C.rs & 1:
-                    mbarrier.arrive(ds_empty.index(slot), count=1)
+            ds_t = ds.permute((1, 0))
+            acc = add_products((ds_t, ds_t), tiles_of(ring, ring_slot), acc)
         else:
             mbarrier.wait(p_full.index(slot), phase)
-            x = p_smem.index(slot).permute((1, 0))
-            if C.rs & 1:
-                x = x.load(LAYOUT_A)
-                mbarrier.arrive(p_empty.index(slot), count=1)
-                acc = add_products(operands(x, acc), tiles_of(ring, ring_slot), acc)
-            else:
-                acc = add_products((x, x), tiles_of(ring, ring_slot), acc)
+            p_t = p_smem.index(slot).permute((1, 0))
+            acc = add_products((p_t, p_t), tiles_of(ring, ring_slot), acc)
             mbarrier.wait(ds_full.index(slot), phase)
-            ds = ds_smem.index(slot)
-            if C.rs & 2:
-                ds = ds.load(LAYOUT_A)
+        for r in gl.static_range(ROUNDS):
+            dq = start_dq(ds, k, r * DQ_BUFFERS + W, C)
+            if r == 0:
+                acc = finished(acc, 1)
+                mbarrier.arrive(ring_empty.index(ring_slot), count=1)
+                if not IS_DK:
+                    mbarrier.arrive(p_empty.index(slot), count=1)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            if r == ROUNDS - 1:
                 mbarrier.arrive(ds_empty.index(slot), count=1)
-        if C.both:
-            dq0 = start_dq(ds, k, W, C)
-            dq1 = start_dq(ds, k, DQ_BUFFERS + W, C)
-            acc = finished(acc, 2)
-            mbarrier.arrive(ring_empty.index(ring_slot), count=1)
-            if not IS_DK and not C.rs & 1:
-                mbarrier.arrive(p_empty.index(slot), count=1)
-            dq0 = warpgroup_mma_wait(1, deps=(dq0,))
-            mbarrier.wait(dq_empty.index(W), i * ROUNDS & 1)
-            buffer_of(dq_smem, W, dq0.shape[1]).store(pack(dq0))
+            mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1)
+            buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
             fence_async_shared()
             mbarrier.arrive(dq_full.index(W), count=1)
-            dq1 = warpgroup_mma_wait(0, deps=(dq1,))
-            if not (C.rs == 3 or (C.rs == 2 and not IS_DK)):
-                mbarrier.arrive(ds_empty.index(slot), count=1)
-            mbarrier.wait(dq_empty.index(W), i * ROUNDS + 1 & 1)
-            buffer_of(dq_smem, W, dq1.shape[1]).store(pack(dq1))
-            fence_async_shared()
-            mbarrier.arrive(dq_full.index(W), count=1)
-        else:
-            for r in gl.static_range(ROUNDS):
-                dq = start_dq(ds, k, r * DQ_BUFFERS + W, C)
-                if r == 0:
-                    acc = finished(acc, 1)
-                    mbarrier.arrive(ring_empty.index(ring_slot), count=1)
-                    if not IS_DK and not C.rs & 1:
-                        mbarrier.arrive(p_empty.index(slot), count=1)
-                dq = warpgroup_mma_wait(0, deps=(dq,))
-                if r == ROUNDS - 1 and not (C.rs == 3 or (C.rs == 2 and not IS_DK)):
-                    mbarrier.arrive(ds_empty.index(slot), count=1)
-                mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1)
-                buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
-                fence_async_shared()
-                mbarrier.arrive(dq_full.index(W), count=1)
 
     # dk and dv leave through the memory of q and dout: all loads have come and have been used.
     for part in gl.static_range(len(ring)):
@@ -286,15 +245,8 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
     # What those of dk and dv do not need goes to the warpgroup that makes p and ds.
-    REGISTERS: gl.constexpr = (
-        192
-        if C.width == 256 or C.width_v == 256
-        else C.registers
-        if C.registers > 0
-        else 160
-        if C.split
-        else 176
-    )
+    WIDEST: gl.constexpr = C.width if C.width > C.width_v else C.width_v
+    REGISTERS: gl.constexpr = 192 if WIDEST > 192 else 160 if C.split else 176
     k_smem = rings(parts(K, K1), 1)
     v_smem = rings(parts(V, V1), 1)
     q_smem = rings(parts(Q, Q1), C.stages)
