@@ -109,6 +109,8 @@ class HopperBackwardConfig:
     kv_stages: int = 1
     whole_heads: bool = False
     wide: bool = False
+    split: bool = False
+    ahead: int = 0
     num_warps: int = 4
     num_stages: int = 1
 
@@ -433,6 +435,7 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
             programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
+    width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
@@ -441,13 +444,13 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
         keys = tuple(mod.key for mod in spec.features.score_mods)
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dp=True, fused=v3_fuses(spec),
+            64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
             fenced=keys in ((), ("alibi",)), backwards=backwards,
         )  # fmt: skip
     if d <= 128 and plain and _walks_whole_heads(spec, target):
         # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
+            64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
@@ -456,11 +459,12 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # full 360, 443 and 572 against 361, 443 and 597.
         late = spec.causal and plain
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
         )
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
-    width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
+    wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
+    width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
     return HopperBackwardConfig(

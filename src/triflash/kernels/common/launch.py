@@ -25,7 +25,8 @@ class Launch:
         kernel: a `@triton.jit` function whose parameters are tensors, scalars, constexprs in order.
         programs: size of the one-dimensional grid.
         config: has `num_warps` and `num_stages`.
-        views: the first tensors reach the kernel as the TMA descriptors that these make of them.
+        views: the first tensors reach the kernel as the TMA descriptors that these make of them,
+            or as None where there is none.
         arrange: makes the kernel's arguments behind those of the other tensors, or of what stands
             for them: their addresses.
     """
@@ -37,7 +38,7 @@ class Launch:
         scalars: tuple[float | None, ...],
         constexprs: tuple[Any, ...],
         config: Any,
-        views: tuple[Callable[[Any], Any], ...] = (),
+        views: tuple[Callable[[Any], Any] | None, ...] = (),
         arrange: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.kernel = kernel
@@ -84,7 +85,7 @@ class Launch:
     def arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
         """What the kernel is called with for these tensors."""
         count = len(self.views)
-        described = [view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
+        described = [view and view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
         return [*described, *self.arrange(*tensors[count:]), *self._values]
 
     def _bind(self, addresses: tuple[int, ...], tensors: tuple[Any, ...]) -> list[Any]:
@@ -95,10 +96,9 @@ class Launch:
         assert self._launcher is not None
         bound: list[Any] = []
         count = len(self.views)
-        for view, x, metadata in zip(
-            self.views, tensors[:count], self._launcher.descriptors, strict=True
-        ):
-            bound.extend(self._launcher.encode(view(x), metadata))
+        metadata = iter(self._launcher.descriptors)
+        for view, x in zip(self.views, tensors[:count], strict=True):
+            bound.extend(self._launcher.encode(view(x), next(metadata)) if view else (None,))
         bound.extend((*self.arrange(*addresses[count:]), *self._values))
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
