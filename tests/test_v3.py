@@ -156,6 +156,7 @@ BACKWARD_CALLS = {
         "causal": True,
     },
     "bf16-64-causal": {"headdim": 64, "causal": True},
+    "bf16-64-causal-split groups": {"headdim": 64, "causal": True, "nheads_k": 1, "batch": 16},
     "fp16-64-causal-gqa-tail": {
         "dtype": FP16,
         "headdim": 64,
@@ -167,6 +168,7 @@ BACKWARD_CALLS = {
     "bf16-128-tail": {"headdim": 128, "seqlen_k": 1000},
     "bf16-128-causal": {"headdim": 128, "causal": True},
     "fp16-128-causal-gqa-dlse": {
+        "batch": 32,
         "dtype": FP16,
         "headdim": 128,
         "causal": True,
@@ -796,6 +798,38 @@ def test_programs_that_walk_several_tiles(shape, causal, device):
     out = attention(*leaves, causal=causal, deterministic=True, implementation="v3")
     twice = [torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *twice))
+
+
+def test_programs_share_out_heads_where_tiles_are_few():
+    def splits(
+        batch: int, nheads_k: int, causal: bool, seqlen: int = 4096, nheads: int = 16
+    ) -> int:
+        case = Case(batch, seqlen, seqlen, nheads, nheads_k, 128, dtype=BF16, causal=causal)
+        return tuning.v3_backward(case.spec(), HOPPER).splits
+
+    assert splits(4, 1, False) == 1  # 128 programs of one length for 132 multiprocessors
+    assert splits(4, 1, True) == 4  # the longest is twice the mean
+    assert splits(4, 4, True) == splits(1, 16, True) == 1
+    assert splits(1, 1, False) == 4
+    assert splits(1, 3, True, 128, 12) == 4  # never more than heads of a group
+    assert splits(1, 2, True, 128, 12) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("splits", [1, 2, 6])
+def test_heads_of_a_group_in_one_program_and_shared_out(
+    headdim, splits, device, tuned, monkeypatch
+):
+    case = Case(
+        batch=2, seqlen_q=300, seqlen_k=411, nheads=12, nheads_k=2, headdim=headdim, dtype=BF16,
+        causal=True,
+    )  # fmt: skip
+    skip_unsupported(case, "v3", device)
+    # Remembered launches are forgotten by `tuned`, before and behind.
+    monkeypatch.setattr(tuning, "_splits", lambda *_: splits)
+    tuned.of_target(target_of(device))
+    assert_within_budget(case, check_case(case, "v3", device))
 
 
 def _sectioned(kind: str, headdim: int) -> Case:

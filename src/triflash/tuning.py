@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from math import gcd
+from math import ceil, gcd
 
 import torch
 
@@ -86,6 +86,7 @@ class HopperBackwardConfig:
         programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
             tile.
         kv_stages: tiles of k and v in shared memory.
+        splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
         wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
             nothing.
@@ -107,6 +108,7 @@ class HopperBackwardConfig:
     backwards: bool = False
     programs: int = 0
     kv_stages: int = 1
+    splits: int = 1
     whole_heads: bool = False
     wide: bool = False
     split: bool = False
@@ -389,6 +391,11 @@ def v3_widths(headdim: int) -> tuple[int, ...]:
 
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     """v3's backward, on sm_90 alone. Measured at 512, 1024, 4096 and 16384."""
+    config = _v3_backward(spec, target)
+    return replace(config, splits=_splits(spec, target, config))
+
+
+def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
@@ -502,6 +509,28 @@ def _programs(spec: AttentionSpec, target: Target) -> int:
         while gcd(programs, -(-spec.seqlen_k // 128)) > 1:
             programs -= 1
     return programs
+
+
+def _splits(spec: AttentionSpec, target: Target, config: HopperBackwardConfig) -> int:
+    """How many programs of v3's backward share out a group's heads, for each tile of keys.
+
+    One, but where so few tiles leave multiprocessors idle; the longest of a causal mask is twice
+    the mean. Measured at d128 causal, 4096: 16 heads on one of keys 280, with two programs 454,
+    with four 510, plain 519; on four, whose tiles are four for each multiprocessor, 505, with two
+    475, with four 454.
+    """
+    if spec.group_size == 1 or config.whole_heads:
+        return 1
+    seqlen_k = spec.seqlen_k if spec.varlen is None else spec.varlen.rows_k
+    tiles = spec.nheads_k * -(-seqlen_k // config.block_n)
+    if spec.varlen is None:
+        tiles *= spec.batch
+    even = not spec.causal and spec.features.blocks is None and spec.varlen is None
+    for splits in (x for x in range(1, spec.group_size) if spec.group_size % x == 0):
+        rounds = tiles * splits / target.num_sms
+        if rounds >= 0.85 * ceil(rounds) if even else rounds >= 3.5:
+            return splits
+    return spec.group_size
 
 
 def v3_section(spec: AttentionSpec, target: Target, config: HopperBackwardConfig) -> int | None:

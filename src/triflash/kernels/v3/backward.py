@@ -16,6 +16,9 @@ several tiles of keys: it loads the next while it ends one. If these are all til
 order of its keys, then the first stores its dq instead of adding it, the last adds the sums to it
 and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
 
+Where tiles of keys are few and heads share them (tuning), `splits` programs share out a group's
+heads. Each stores its part of dk and dv, in their dtype, and the parts are summed in float32.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
 64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
@@ -477,7 +480,7 @@ def backward(
         tiles_m = most_blocks(q.shape[0], spec.batch, plan.block_m)
         most = most_blocks(k.shape[0], spec.batch, plan.block_n)
         blocks = list_blocks(plan.list_keys, q, k, sequences, most, tiles_m)
-        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
+        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k * plan.splits
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
     turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
@@ -487,16 +490,26 @@ def backward(
     inputs = (out, dout, lse, dlse)
     plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
-        described = (q, k, v, dout, stats, sums, dq, dk, dv, q, k, v, dout, sums, dq, dk, dv)
+        written = _parts(k, v, plan.splits) if plan.splits > 1 else (dk, dv)
+        described = (q, k, v, dout, stats, sums, dq, *written, q, k, v, dout, sums, dq, *written)
         plan.backward(*described, turn, blocks, *extras, *aux_sums.values(), programs=programs)
     if plan.after is not None:
         plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * plan.parts)
+    if plan.splits > 1:
+        for whole, part in zip((dk, dv), written, strict=True):
+            torch.sum(part.unflatten(-2, (-1, plan.splits)), -2, out=whole)
     if not features.with_grad:
         return dq, dk, dv
     delta = None
     if "sinks" in features.with_grad:  # which alone need it
         delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
     return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
+
+
+def _parts(k: torch.Tensor, v: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for parts of dk and dv, as if there were so many times the heads."""
+    part_k, part_v = (x.new_empty(*x.shape[:-2], x.shape[-2] * splits, x.shape[-1]) for x in (k, v))
+    return part_k, part_v
 
 
 def _rows_of(
@@ -549,6 +562,7 @@ class Plan:
     parts: int  # of these, one a program of `after`
     block_m: int
     block_n: int
+    splits: int
 
 
 @lru_cache(maxsize=4096)
@@ -586,6 +600,12 @@ def _prepare(
     shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
     stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    nheads_k = spec.nheads_k * config.splits
+    shape_dk, shape_dv = ((*x[:-2], nheads_k, x[-1]) for x in (shape_k, shape_v))
+    if config.splits > 1:
+        entry = 1 if packed else spec.seqlen_k
+        stride_dk = strides_of(entry, nheads_k, spec.headdim)[packed:]
+        stride_dv = strides_of(entry, nheads_k, spec.headdim_v)[packed:]
     contiguous_dq = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim)
     lies_dq = stride_dq or contiguous_dq[packed:]
     describe = ragged_view if packed else view
@@ -594,7 +614,7 @@ def _prepare(
     inside = bool(spec.features.mods) and not packed
     inside = inside and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
     size_of_sums = block_m * config.width
-    tiles_k = -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch
+    tiles_k = -(-spec.seqlen_k // block_n) * nheads_k * spec.batch
     programs = min(config.programs or tiles_k, tiles_k)
     tiles_of_sums = None
     if config.whole_heads:
@@ -620,8 +640,8 @@ def _prepare(
             columns(shape_o, stride_dout, block_m, widths_v),
             of_sums if part < len(widths_dq) else None,
             columns(shape_q, lies_dq, PART.value, widths_dq),
-            columns(shape_k, stride_dk, keys, widths),
-            columns(shape_v, stride_dv, keys, widths_v),
+            columns(shape_dk, stride_dk, keys, widths),
+            columns(shape_dv, stride_dv, keys, widths_v),
         ]
 
     views, more_views = views_of(0), views_of(1)
@@ -645,7 +665,7 @@ def _prepare(
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
         programs,
-        (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
+        (spec.softmax_scale, spec.nheads, nheads_k, spec.nheads // nheads_k, spec.seqlen_q,
          spec.seqlen_k, spec.features.window_left, spec.features.window_right,
          tiles_k, tuning.v3_section(spec, target, config)),
         (
@@ -667,7 +687,7 @@ def _prepare(
                 backwards=config.backwards,
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
-                gqa=spec.group_size > 1,
+                gqa=spec.nheads > nheads_k,
                 deterministic=spec.deterministic and not config.whole_heads,
                 packed=packed,
                 inside=inside,
@@ -678,6 +698,7 @@ def _prepare(
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
                 kv_stages=config.kv_stages,
+                splits=config.splits,
             ),
         ),
         config,
@@ -696,4 +717,4 @@ def _prepare(
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
     finish = None if config.whole_heads else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums,
-                parts_of_sums, block_m, block_n)  # fmt: skip
+                parts_of_sums, block_m, block_n, config.splits)  # fmt: skip

@@ -70,6 +70,7 @@ class Schedule:
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
     kv_stages: int
+    splits: int  # of nheads_k that the kernel is told, so many have the same keys
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -582,9 +583,9 @@ def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Bloc
         row = tile_n * C.block_n + w * KEYS
         at = kv * TILES + w
         expect(k_full.index(at), K)
-        load_parts(K, entry_k, head_k, row, seqlen_k, k_full.index(at), k_smem, at)
+        load_parts(K, entry_k, head_k // C.splits, row, seqlen_k, k_full.index(at), k_smem, at)
         expect(v_full.index(at), V)
-        load_parts(V, entry_k, head_k, row, seqlen_k, v_full.index(at), v_smem, at)
+        load_parts(V, entry_k, head_k // C.splits, row, seqlen_k, v_full.index(at), v_smem, at)
     for i in range(group_size * blocks):
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
