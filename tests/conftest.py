@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import torch
 
@@ -10,8 +11,12 @@ GPU = torch.cuda.is_available()
 if not GPU:  # Triton reads it when a kernel is defined, so before anything imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import aot  # noqa: E402
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+interpreter.hasten()
 
 # The workers of pytest-xdist share the cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -37,9 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and of
-    what is marked as sampled.
+    each function that is marked as sampled.
 
-    The interpreter takes five minutes a row for all of them. Each row gets others.
+    Of every three in a row the first runs, of the next three the second, and so on: what varies
+    fastest is then met everywhere, whatever it varies with. Each row gets others.
     """
     from triflash import registry
 
@@ -47,20 +53,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if GPU or named or config.getoption("--thorough"):
         return
     rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
-    seen = dict.fromkeys(rows, 0)
-    sampled = 0
+    seen: Counter[tuple[str, ...]] = Counter()
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        if row in seen and item.path.stem != "test_ladder":
-            seen[row] += 1
-            if (seen[row] + rows.index(row)) % 3:
-                reason = "without a GPU one in three of the ladder's tests; --thorough runs all"
-                item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("sampled"):
-            sampled += 1
-            if sampled % 3:
-                reason = "without a GPU one in three of these; --thorough runs all"
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if row in rows and item.path.stem != "test_ladder":
+            kind, first, what = (row,), rows.index(row), "the ladder's tests"
+        elif item.get_closest_marker("sampled"):
+            kind, first, what = (item.path.stem, item.originalname, row or ""), 0, "these"
+        else:
+            continue
+        turn, place = divmod(seen[kind], 3)
+        seen[kind] += 1
+        if place != (turn + first) % 3:
+            reason = f"without a GPU one in three of {what}; --thorough runs all"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,6 +96,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """An `aot.Compiler`, one for all tests of a worker."""
+    compiler = aot.Compiler()
+    yield compiler
+    compiler.close()
 
 
 @pytest.fixture

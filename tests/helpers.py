@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,21 @@ def compiled_and_not(call: Callable[..., torch.Tensor], leaves: tuple[torch.Tens
     pairs = list(zip(*gradients, strict=True))
     torch._dynamo.reset()
     return (got, expected), pairs
+
+
+def in_a_new_process(function: Callable[..., object], *arguments: object) -> None:
+    """Fails if it raises there or ends the process.
+
+    The process has imported PyTorch and Triton and done nothing: it is forked from one like it,
+    since these imports take longer than most that is tested so.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._inductor.config", "triton", "pytest", "hypothesis"])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            pytest.fail("it ended the process")
 
 
 def unexplained_races(report: str) -> list[str]:
