@@ -6,10 +6,12 @@ import inspect
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from triflash.spec import make_spec
 from triflash.target import Target
 from triflash.testing import Case
 
+T = TypeVar("T")
 GPU = torch.cuda.is_available()
 ROWS = registry.implementations()
 DIFFERENTIABLE = [row.name for row in registry.IMPLEMENTATIONS if row.backward is not None]
@@ -126,6 +129,31 @@ def in_a_new_process(function: Callable[..., object], *arguments: object) -> Non
             pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             pytest.fail("it ended the process")
+
+
+def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what `call` launches, and what it gave, which every replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # first calls compile and prepare, and no graph may hold that
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within, what waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def unexplained_races(report: str) -> list[str]:
