@@ -41,11 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and of
-    each function that is marked as sampled.
+    """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and
+    one in `every` of what a function marks as `sampled(every)`.
 
-    Of every three in a row the first runs, of the next three the second, and so on: what varies
-    fastest is then met everywhere, whatever it varies with. Each row gets others.
+    Of the first so many the first runs, of the next the second, and so on: what varies fastest is
+    then met everywhere, whatever it varies with. Each row gets others.
     """
     from triflash import registry
 
@@ -53,25 +53,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if GPU or named or config.getoption("--thorough"):
         return
     rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
-    seen: Counter[tuple[str, ...]] = Counter()
+    seen: Counter[tuple[object, ...]] = Counter()
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if row in rows and item.path.stem != "test_ladder":
-            kind, first, what = (row,), rows.index(row), "the ladder's tests"
-        elif item.get_closest_marker("sampled"):
-            kind, first, what = (item.path.stem, item.originalname, row or ""), 0, "these"
+            kind, every, first, what = (row,), 3, rows.index(row), "the ladder's tests"
+        elif marker := item.get_closest_marker("sampled"):
+            every, first, what = *marker.args, 0, "these"
+            kind = (item.path.stem, item.originalname, row, every)
         else:
             continue
-        turn, place = divmod(seen[kind], 3)
+        turn, place = divmod(seen[kind], every)
         seen[kind] += 1
-        if place != (turn + first) % 3:
-            reason = f"without a GPU one in three of {what}; --thorough runs all"
+        if place != (turn + first) % every:
+            reason = f"without a GPU one in {every} of {what}; --thorough runs all"
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
-    config.addinivalue_line("markers", "sampled: without a GPU one in three of them will do")
+    config.addinivalue_line("markers", "sampled(every): without a GPU one in so many will do")
     for ours in (  # of Triton's interpreter, one for every program of every kernel
         "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
         "ignore:.* encountered in (log2|exp2|multiply):RuntimeWarning:triton",

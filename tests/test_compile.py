@@ -81,6 +81,8 @@ CALLS = {
 # A row that "auto" never picks is compiled for one target of a kind, and for the others where its
 # tiles need most shared memory: its kernels differ from v2's in the algorithm, not by target.
 ONE_OF_A_KIND = ("sm_80", "sm_90", "gfx942")
+# Compiled by the same ways as sm_80 and gfx942, with other tiles.
+LIKE_OTHERS = ("sm_86", "sm_89", "sm_120", "gfx90a")
 LARGEST = ("bf16-256-causal-long", "fp32-128-tf32")
 
 
@@ -112,13 +114,14 @@ def _unsupported(implementation: str, target: str, call: dict) -> str | None:
 
 
 def _of_like_targets() -> list:
-    """(target, call): all on sm_90, whose spills are looked at; on others the largest calls and
-    one in three of the rest, others on each."""
+    """(target, call): all on sm_90, whose spills are looked at; on others the largest calls, and
+    some of the rest, others on each."""
     pairs = []
     for target in aot.TARGETS:
         for call in CALLS:
-            some = target != "sm_90" and call not in LARGEST
-            marks = [pytest.mark.sampled] if some else []
+            marks = []
+            if target != "sm_90" and call not in LARGEST:
+                marks.append(pytest.mark.sampled(5 if target in LIKE_OTHERS else 3))
             pairs.append(pytest.param(target, call, marks=marks))
     return pairs
 
@@ -179,7 +182,7 @@ FEATURED_SPILLS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(len(FEATURED_CALLS))
 @pytest.mark.parametrize("call", FEATURED_CALLS)
 @pytest.mark.parametrize("feature", COMPILED_FEATURES)
 @pytest.mark.parametrize("target", ONE_OF_A_KIND)

@@ -172,7 +172,7 @@ def test_any_features(implementation, case, device):
     check(case, implementation, device)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @every_row
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("feature", FEATURED)

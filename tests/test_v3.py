@@ -395,7 +395,7 @@ def test_functions_that_make_tiles_are_refused(compiling):
 def calls_of(table: dict[str, dict]) -> list:
     """The calls by their names; those with features or of packed tensors are sampled."""
     return [
-        pytest.param(name, marks=pytest.mark.sampled)
+        pytest.param(name, marks=pytest.mark.sampled(3))
         if {"feature", "packed"} & call.keys()
         else name
         for name, call in table.items()
