@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and
-    one in `every` of what a function marks as `sampled(every)`.
+    one in `every` of what a function marks as `sampled(every)`; of what is `slow`, nothing.
 
     Of the first so many the first runs, of the next the second, and so on: what varies fastest is
     then met everywhere, whatever it varies with. Each row gets others.
@@ -55,6 +55,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
     seen: Counter[tuple[object, ...]] = Counter()
     for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes most of a minute; --thorough runs it"))
+            continue
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if row in rows and item.path.stem != "test_ladder":
             kind, every, first, what = (row,), 3, rows.index(row), "the ladder's tests"
@@ -72,6 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
+    config.addinivalue_line("markers", "slow: without a GPU only with --thorough")
     config.addinivalue_line("markers", "sampled(every): without a GPU one in so many will do")
     for ours in (  # of Triton's interpreter, one for every program of every kernel
         "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
