@@ -12,12 +12,15 @@ from functools import cache, wraps
 from types import ModuleType
 
 import numpy
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """Replace what takes long. With a Triton that has other names for it this raises."""
+    """Replace what takes long, in the Triton that this was written for; others run as they are."""
+    if not triton.__version__.startswith("3.6."):
+        return
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
     tl.core.tuple.__init__ = _init_tuple
