@@ -16,7 +16,8 @@ import interpreter  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-interpreter.hasten()
+if not GPU:
+    interpreter.hasten()
 
 # The workers of pytest-xdist share the cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
