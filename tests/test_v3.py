@@ -197,9 +197,20 @@ BACKWARD_CALLS = {
         "seqlen": 1000,
         "dlse": True,
     },
-    "bf16-96-causal-whole-heads": {"batch": 64, "seqlen": 512, "headdim": 96, "causal": True},
+    "bf16-96-causal-whole-heads": {
+        "batch": 64,
+        "seqlen": 512,
+        "headdim": 96,
+        "causal": True,
+        "deterministic": True,
+    },
+    "bf16-96-persistent": {"headdim": 96, "batch": 64},
+    "bf16-96-causal-persistent": {"headdim": 96, "batch": 64, "causal": True},
+    "bf16-96-long": {"headdim": 96, "seqlen": 8192},
+    "bf16-96-causal-long": {"headdim": 96, "seqlen": 8192, "causal": True},
     "bf16-192": {"headdim": 192},
     "bf16-192-causal-deterministic": {"headdim": 192, "causal": True, "deterministic": True},
+    "bf16-192/128": {"headdim": 192, "headdim_v": 128},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "bf16-64/256": {"headdim": 64, "headdim_v": 256},
     "bf16-64-packed": {"headdim": 64, "packed": True},
@@ -366,10 +377,12 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         return config.consumers * 2 * products
     parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
-        # q k^T and dout v^T; dv and dk in parts of 128 columns at most; dq in parts of 64.
+        # q k^T, once more where it is ahead, and dout v^T; dv and dk in parts of 128 columns at
+        # most; dq in parts of 64, or the last in halves.
         d, d_v = config.width, config.width_v
         most = sum(max(n, -(-x // 128)) for n, x in ((parts, d), (parts_v, d_v)))
-        return d // 16 + d_v // 16 + 4 * most + 4 * d // 64
+        scores = (1 + config.ahead) * d // 16 + d_v // 16
+        return scores + 4 * most + 4 * (d // 64 + config.halves)
     # Two warpgroups, each with five products of 64 keys: 8 of them are dq's, which lag brings once
     # more behind the loop.
     of_scores = (config.width + config.width_v) // 16

@@ -73,7 +73,8 @@ class HopperBackwardConfig:
     Attributes:
         block_m: queries a step.
         block_n: keys of a program.
-        width, width_v: what headdim and headdim_v are filled up to in shared memory.
+        width, width_v: what headdim and headdim_v are filled up to in shared memory; 96 and 192 lie
+            there in two parts, see `v3_widths`.
         stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
@@ -89,7 +90,9 @@ class HopperBackwardConfig:
         splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
         wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
-            nothing.
+            nothing, and the next two mean nothing elsewhere.
+        halves: of the odd number of parts of 64 columns that dq has, the last is made in halves.
+        ahead: q k^T of the next step begins in this one.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -111,8 +114,8 @@ class HopperBackwardConfig:
     splits: int = 1
     whole_heads: bool = False
     wide: bool = False
-    split: bool = False
-    ahead: int = 0
+    halves: bool = False
+    ahead: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -458,8 +461,10 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
             fenced=keys in ((), ("alibi",)), backwards=backwards,
         )  # fmt: skip
-    if d <= 128 and plain and _walks_whole_heads(spec, target):
-        # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
+    narrow = width == width_v == 96 and plain and not spec.deterministic
+    if d <= 128 and plain and not narrow and _walks_whole_heads(spec, target):
+        # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full. At
+        # d96 199 and 301 against 199 and 304; 221 and 339 with `programs`.
         return HopperBackwardConfig(
             64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
@@ -468,19 +473,31 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
         # do not fit the registers. late_dp causal 337 and 505 against 328 and 487 at 1024 and 4096;
         # full 360, 443 and 572 against 361, 443 and 597.
+        # Measured at d96, full and causal: 489 and 421 at 4096, 497 and 479 at 16384, with lag 484
+        # and 416, 510 and 504; with `programs`, and two tiles of k and v, 475 and 437, 492 and 331.
+        # 96 filled up to 128: 438 and 378, 457 and 468.
         late = spec.causal and plain
+        programs = _programs(spec, target) if narrow and spec.seqlen_q < 4096 else 0
         return HopperBackwardConfig(
-            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
-        )
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late,
+            lag=narrow and spec.seqlen_q > 4096, backwards=backwards, programs=programs,
+            kv_stages=2 if programs else 1,
+        )  # fmt: skip
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
     width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
+    # Measured at d192, full and causal: in halves 425 and 400 at 4096, 469 and 451 at 16384, else
+    # 418 and 373, 430 and 423; filled up to 256, 360 and 330, 377 and 383. At (192, 128): ahead 422
+    # and 380, 438 and 425, else 388 and 344, 408 and 387; filled up 340 and 313, 359 and 350. At
+    # d192 three blocks of q leave one of dout, and ahead is 419 and 402, 444 and 452.
+    ahead = plain and (width, width_v) == (192, 128)
     return HopperBackwardConfig(
-        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
-        backwards=backwards, wide=True,
+        64, 64, width, width_v, 3 if ahead else 2, 1 if width_v == 256 else 2,
+        late_dp="softcap" in uses, backwards=backwards, wide=True,
+        halves=width == width_v == 192, ahead=ahead,
     )  # fmt: skip
 
 

@@ -46,8 +46,8 @@ class Schedule:
     block_n: int
     width: int
     width_v: int
-    split: bool
-    ahead: int
+    halves: bool
+    ahead: bool
     stages: int
     dout_stages: int
     late_dp: bool
@@ -218,7 +218,7 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
 def widths_of(C):
     """The parts of columns that dq is made in, in turn by either warpgroup."""
     widths = [PART.value] * (C.width // PART.value)
-    if C.split and len(widths) % 2:
+    if C.halves and len(widths) % 2:
         return widths[:-1] + [PART.value // 2] * 2
     return widths + [PART.value // 2] * (C.width % PART.value > 0)
 
