@@ -707,6 +707,28 @@ def test_hooks_of_launches_are_called(hook, monkeypatch):
     assert ran == [(tensor,)]
 
 
+def test_what_addresses_cannot_stand_for_is_launched_by_triton(monkeypatch):
+    """v2 passes modifications and descriptors, which hold tensors; v3's kernels around its backward
+    get tensors, numbers and None, and take the fast way."""
+    from types import SimpleNamespace
+
+    from triflash.kernels.common import launch as module
+
+    made = []
+    monkeypatch.setattr(module, "_launcher_of", lambda compiled: made.append(compiled))
+    config = SimpleNamespace(num_warps=4, num_stages=1)
+    tensor = torch.zeros(1)
+    for tensors, fast in (
+        ((tensor, None, 3), True),
+        ((tensor, (tensor,)), False),
+        ((tensor, SimpleNamespace(base=tensor)), False),
+    ):
+        kernel = {(1, 1, 1): lambda *_, num_warps, num_stages: "compiled"}
+        module.Launch(kernel, 1, (), (), config)(*tensors)
+        assert (made == ["compiled"]) is fast
+        made.clear()
+
+
 def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(monkeypatch):
     from types import SimpleNamespace
 
