@@ -21,7 +21,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_within_budget, skip_unsupported, unexplained_races
+from helpers import (
+    assert_within_budget,
+    forget_prepared_launches,
+    skip_unsupported,
+    unexplained_races,
+)
 
 from triflash import attention, flash_attn_varlen_func, mods, registry, tuning
 from triflash.spec import (
@@ -183,6 +188,18 @@ BACKWARD_CALLS = {
         "dlse": True,
     },
     "bf16-256-causal-deterministic": {"headdim": 256, "causal": True, "deterministic": True},
+    "bf16-96": {"headdim": 96},
+    "fp16-96-causal-gqa-tail-dlse": {
+        "dtype": FP16,
+        "headdim": 96,
+        "causal": True,
+        "nheads_k": 2,
+        "seqlen": 1000,
+        "dlse": True,
+    },
+    "bf16-96-causal-whole-heads": {"batch": 64, "seqlen": 512, "headdim": 96, "causal": True},
+    "bf16-192": {"headdim": 192},
+    "bf16-192-causal-deterministic": {"headdim": 192, "causal": True, "deterministic": True},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "bf16-64/256": {"headdim": 64, "headdim_v": 256},
     "bf16-64-packed": {"headdim": 64, "packed": True},
@@ -231,6 +248,10 @@ BACKWARD_CALLS = {
         "feature": "larger blocks, alibi",
         "deterministic": True,
     },
+    "bf16-96-causal-packed": {"headdim": 96, "packed": True, "causal": True},
+    "bf16-96-causal-learned bias": {"headdim": 96, "causal": True, "feature": "learned bias"},
+    "bf16-192-large blocks": {"headdim": 192, "feature": "large blocks"},
+    "bf16-192-both": {"headdim": 192, "feature": "both"},
     "bf16-256-left": {"headdim": 256, "feature": "left"},
     "bf16-256-causal-softcap": {"headdim": 256, "causal": True, "feature": "softcap"},
     "bf16-256-documents": {"headdim": 256, "feature": "documents"},
@@ -240,9 +261,7 @@ BACKWARD_CALLS = {
 # How often loops touch spilled registers under modifications, whose tiles come on top.
 SPILLS_OF_MODIFICATIONS = {
     "bf16-64-causal-learned bias": 8,
-    "bf16-128-causal-softcap": 12,
-    "bf16-128-softcap, alibi, window": 24,
-    "bf16-128-causal-learned bias": 12,
+    "bf16-128-softcap, alibi, window": 5,
     "bf16-256-causal-softcap": 12,
 }
 
@@ -340,13 +359,17 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         # q k^T once before the loop and once in it, p v once in it and once behind it.
         products = sum(config.widths) // 16 + len(config.widths_v) * k[-2] // 16
         return config.consumers * 2 * products
+    parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
-        # q k^T and dout v^T; dv and dk in halves of 128 columns; dq in parts of 64.
-        d, d_v = q[-1], v[-1]
-        return d // 16 + d_v // 16 + 4 * (d + d_v) // 128 + 4 * d // 64
-    # Two warpgroups, each with five products of 64 keys: 32 in either tiling. 8 of them are dq's,
-    # which lag brings once more behind the loop.
-    return 2 * (32 + 8 * config.lag)
+        # q k^T and dout v^T; dv and dk in parts of 128 columns at most; dq in parts of 64.
+        d, d_v = config.width, config.width_v
+        most = sum(max(n, -(-x // 128)) for n, x in ((parts, d), (parts_v, d_v)))
+        return d // 16 + d_v // 16 + 4 * most + 4 * d // 64
+    # Two warpgroups, each with five products of 64 keys: 8 of them are dq's, which lag brings once
+    # more behind the loop.
+    of_scores = (config.width + config.width_v) // 16
+    of_keys = (parts + parts_v) * config.block_m // 16
+    return 2 * (of_scores + of_keys + 8 * (1 + config.lag))
 
 
 def loops(code: str) -> list[str]:
@@ -736,7 +759,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
 
     q, lse, slopes = torch.zeros(1), torch.zeros(1), torch.zeros(2)
     launch = module.Launch(
-        None, 1, (2.0,), (7,), None, (lambda x: ("described", x),),
+        None, 1, (2.0,), (7,), None, (lambda x: ("described", x), None),
         lambda lse, slopes: (lse, (("function", (slopes, 0)),), None),
     )  # fmt: skip
     ran = []
@@ -746,10 +769,10 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
     stream = SimpleNamespace(get_current_stream=lambda _: 5, get_current_device=lambda: 0)
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
     for tensors in ((q, lse, slopes), (q, lse, slopes), (q, lse, slopes.clone())):
-        launch(*tensors)
+        launch(q, *tensors)
         at = tensors[-1].data_ptr()
         behind = (lse.data_ptr(), (("function", (at, 0)),), None, 2.0, 7)
-        assert ran[-1] == (1, 1, 1, 5, ("described", q), *behind)
+        assert ran[-1] == (1, 1, 1, 5, ("described", q), None, *behind)
     assert len(launch._bound) == 2
 
 
@@ -761,6 +784,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4},
         {"batch": 64, "seqlen_q": 300, "seqlen_k": 411, "nheads": 8, "nheads_k": 4},
         {"batch": 33, "seqlen_q": 500, "seqlen_k": 640, "nheads": 4, "nheads_k": 4, "headdim": 96},
+        {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4, "headdim": 128},
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
     ],
@@ -837,7 +861,7 @@ def test_tiles_of_heads_in_sections(kind, headdim, device, tuned, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_tiles_of_packed_heads_in_sections(device, tuned, monkeypatch):
+def test_tiles_of_packed_heads_in_sections(device, monkeypatch):
     lengths = [700, 0, 130, 900, 64]
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     tensors = [
@@ -850,7 +874,7 @@ def test_tiles_of_packed_heads_in_sections(device, tuned, monkeypatch):
         pytest.skip(reason)
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        tuned.of_target(target_of(device))  # which forgets remembered launches
+        forget_prepared_launches()
         out = flash_attn_varlen_func(
             *tensors, cu_seqlens, cu_seqlens, 900, 900, causal=True, implementation="v3"
         )
@@ -860,6 +884,8 @@ def test_tiles_of_packed_heads_in_sections(device, tuned, monkeypatch):
     expected = gradients()
     monkeypatch.setattr(tuning, "v3_section", lambda *_: 2)
     dq, dk, dv = gradients()
+    monkeypatch.undo()
+    forget_prepared_launches()
     # A program does the same work wherever it is in the order; dq is added to in any order.
     assert torch.equal(dk, expected[1])
     assert torch.equal(dv, expected[2])
@@ -899,7 +925,7 @@ def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_deterministic_gradients_are_bitwise_the_same(headdim, causal, device):
     case = Case(

@@ -77,6 +77,9 @@ class HopperBackwardConfig:
         stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
+        fused: a modification of scores comes in its fused form.
+        fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
+            begins with too much at once.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
@@ -98,6 +101,8 @@ class HopperBackwardConfig:
     dout_stages: int
     late_dp: bool = False
     late_dv: bool = False
+    fused: bool = False
+    fenced: bool = True
     fold: bool = True
     lag: bool = False
     backwards: bool = False
@@ -106,6 +111,8 @@ class HopperBackwardConfig:
     splits: int = 1
     whole_heads: bool = False
     wide: bool = False
+    split: bool = False
+    ahead: int = 0
     num_warps: int = 4
     num_stages: int = 1
 
@@ -288,7 +295,7 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
 
 
 def v3_fuses(spec: AttentionSpec) -> bool:
-    """Whether v3's forward takes softcap or ALiBi in its fused form.
+    """Whether v3 can take softcap or ALiBi in its fused form, as its forward does.
 
     It must be the only score modification, and the scale so large that no constant overflows.
     Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
@@ -397,10 +404,11 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     d = _widest(spec)
     if d <= 64 and spec.features.mods:
         # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
-        # of p is not p: then p must go before.
+        # of p is not p: then p must go before. Measured, as a part of plain's speed: softcap 0.76,
+        # fused 0.80; not fenced, which spills, 0.75.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
-            fold=False, backwards=backwards,
+            fused="softcap" in uses and v3_fuses(spec), fold=False, backwards=backwards,
         )  # fmt: skip
     plain = not uses and spec.varlen is None
     if d <= 64:
@@ -434,14 +442,22 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
             programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
+    width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
-        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
+        # At the power limit as parts of plain's speed, in sections both: softcap 0.84, not fenced
+        # 0.87, then fused 0.91; a user's soft sign 0.87, not fenced 0.93, as what a derivative
+        # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
+        keys = tuple(mod.key for mod in spec.features.score_mods)
+        return HopperBackwardConfig(
+            64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
+            fenced=keys in ((), ("alibi",)), backwards=backwards,
+        )  # fmt: skip
     if d <= 128 and plain and _walks_whole_heads(spec, target):
         # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
+            64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
@@ -450,11 +466,12 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # full 360, 443 and 572 against 361, 443 and 597.
         late = spec.causal and plain
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
         )
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
-    width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
+    wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
+    width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
     return HopperBackwardConfig(
