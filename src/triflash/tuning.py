@@ -81,6 +81,8 @@ class HopperBackwardConfig:
         fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
             begins with too much at once.
         fold: the product for dp begins with -delta.
+        both: p is only begun when dp is there, too.
+        release: each thread releases what it has read, without a barrier of its warpgroup.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
         programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
@@ -88,8 +90,8 @@ class HopperBackwardConfig:
         kv_stages: tiles of k and v in shared memory.
         splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
-        wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
-            nothing.
+        wide: the schedule for head dimensions above 128, to which late_dv, fold, both, release
+            and lag mean nothing.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -104,6 +106,8 @@ class HopperBackwardConfig:
     fused: bool = False
     fenced: bool = True
     fold: bool = True
+    both: bool = False
+    release: bool = False
     lag: bool = False
     backwards: bool = False
     programs: int = 0
@@ -438,9 +442,10 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             )  # fmt: skip
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv. But packed, with a mask of keys, 447 against 433.
+        # With both and release 484 against 465 at 2048, with release alone 460.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
-            programs=programs, kv_stages=kv_stages,
+            both=plain, release=plain, programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
     width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
@@ -464,10 +469,14 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
         # do not fit the registers. late_dp causal 337 and 505 against 328 and 487 at 1024 and 4096;
         # full 360, 443 and 572 against 361, 443 and 597.
+        # With release and no fold full 586 and 574 against 575 and 561 at 8192, 359 and 356 at 512;
+        # release alone 573, no fold alone 550; causal 0.95 to 1.02 times as fast.
         late = spec.causal and plain
+        free = plain and not (spec.causal or spec.deterministic) and width == width_v == 128
         return HopperBackwardConfig(
-            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
-        )
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, fold=not free,
+            release=free, backwards=backwards,
+        )  # fmt: skip
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
