@@ -82,7 +82,7 @@ class HopperBackwardConfig:
         fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
             begins with too much at once.
         fold: the product for dp begins with -delta.
-        both: p is only begun when dp is there, too.
+        both: p is only begun when dp is there, too; with late_dv and without late_dp.
         release: each thread releases what it has read, without a barrier of its warpgroup.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
