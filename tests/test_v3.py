@@ -5,13 +5,12 @@ Its results are checked with those of all rows, on a GPU.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import io
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -27,6 +26,7 @@ from helpers import (
     skip_unsupported,
     unexplained_races,
 )
+from triton import knobs
 
 from triflash import attention, flash_attn_varlen_func, mods, registry, tuning
 from triflash.spec import (
@@ -197,9 +197,20 @@ BACKWARD_CALLS = {
         "seqlen": 1000,
         "dlse": True,
     },
-    "bf16-96-causal-whole-heads": {"batch": 64, "seqlen": 512, "headdim": 96, "causal": True},
+    "bf16-96-causal-whole-heads": {
+        "batch": 64,
+        "seqlen": 512,
+        "headdim": 96,
+        "causal": True,
+        "deterministic": True,
+    },
+    "bf16-96-persistent": {"headdim": 96, "batch": 64},
+    "bf16-96-causal-persistent": {"headdim": 96, "batch": 64, "causal": True},
+    "bf16-96-long": {"headdim": 96, "seqlen": 8192},
+    "bf16-96-causal-long": {"headdim": 96, "seqlen": 8192, "causal": True},
     "bf16-192": {"headdim": 192},
     "bf16-192-causal-deterministic": {"headdim": 192, "causal": True, "deterministic": True},
+    "bf16-192/128": {"headdim": 192, "headdim_v": 128},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "bf16-64/256": {"headdim": 64, "headdim_v": 256},
     "bf16-64-packed": {"headdim": 64, "packed": True},
@@ -327,22 +338,15 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
     launches = launches_of(target, backward, **call)
     [launch] = [x for x in launches if x.kernel.is_gluon()]
     around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
-    compiled = aot.compile_launch(launch, gpu)
-    with tempfile.TemporaryDirectory() as folder:
-        # Triton keeps ptxas's warnings to itself.
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        command = [
-            aot._tool("ptxas"), "-v", "--gpu-name=sm_90a", str(ptx), "-o", f"{folder}/kernel.cubin",
-        ]  # fmt: skip
-        assembler = subprocess.run(command, capture_output=True, text=True)
-        log = assembler.stderr
-        assert assembler.returncode == 0, f"{assembler.returncode}: {assembler.stdout}{log}"
+    with redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = aot.compile_launch(launch, gpu)
     code = aot.sass(compiled.asm["cubin"])
     q, k, v = (tensor.block_shape for tensor in launch.args[:3])
     return {
         "shared": compiled.shared,
-        "log": log,
+        # Triton says nothing of a kernel that it finds in its cache.
+        "log": said.getvalue() or log_of_ptxas(compiled.asm["ptx"]),
         "stack": aot.resources(compiled.asm["cubin"])[1],
         "hgmma": len(re.findall(r"\bHGMMA\b", code)),
         "hgmma_expected": instructions(launch.config, q, k, v, backward),
@@ -353,6 +357,18 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
     }
 
 
+def log_of_ptxas(ptx: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [
+            aot._tool("ptxas"), "-v", "--gpu-name=sm_90a", str(file), "-o", f"{file}.cubin",
+        ]  # fmt: skip
+        assembler = subprocess.run(command, capture_output=True, text=True)
+        assert assembler.returncode == 0, f"{assembler.stdout}{assembler.stderr}"
+        return assembler.stderr
+
+
 def instructions(config, q: list[int], k: list[int], v: list[int], backward: bool) -> int:
     """How many wgmma instructions a kernel for these tiles of q, k and v has."""
     if not backward:
@@ -361,10 +377,12 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         return config.consumers * 2 * products
     parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
-        # q k^T and dout v^T; dv and dk in parts of 128 columns at most; dq in parts of 64.
+        # q k^T, once more where it is ahead, and dout v^T; dv and dk in parts of 128 columns at
+        # most; dq in parts of 64, or the last in halves.
         d, d_v = config.width, config.width_v
         most = sum(max(n, -(-x // 128)) for n, x in ((parts, d), (parts_v, d_v)))
-        return d // 16 + d_v // 16 + 4 * most + 4 * d // 64
+        scores = (1 + config.ahead) * d // 16 + d_v // 16
+        return scores + 4 * most + 4 * (d // 64 + config.halves)
     # Two warpgroups, each with five products of 64 keys: 8 of them are dq's, which lag brings once
     # more behind the loop.
     of_scores = (config.width + config.width_v) // 16
@@ -412,19 +430,6 @@ def asks_for_delta(feature: str) -> bool:
     return rows.called
 
 
-@pytest.fixture(scope="module")
-def compiling():
-    """Calls a function in a process where Triton's interpreter is off."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-
-        def call(function, *arguments):
-            # Spawned at the first call, so that it imports Triton anew.
-            with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-                return pool.submit(function, *arguments).result()
-
-        yield call
-
-
 @pytest.fixture
 def compiler(compiling):
     return lambda call, backward=False: compiling(compile_v3, call, backward)
@@ -438,7 +443,7 @@ def test_functions_that_make_tiles_are_refused(compiling):
 def calls_of(table: dict[str, dict]) -> list:
     """The calls by their names; those with features or of packed tensors are sampled."""
     return [
-        pytest.param(name, marks=pytest.mark.sampled)
+        pytest.param(name, marks=pytest.mark.sampled(3))
         if {"feature", "packed"} & call.keys()
         else name
         for name, call in table.items()
@@ -787,6 +792,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4, "headdim": 128},
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
+        {"batch": 64, "seqlen_q": 100, "seqlen_k": 64, "nheads": 8, "nheads_k": 4, "headdim": 256},
     ],
 )
 def test_programs_that_walk_several_tiles(shape, causal, device):
@@ -901,6 +907,23 @@ def test_sections_give_every_multiprocessor_a_tile():
     assert [section(n) for n in (1024, 4096, 8192, 16384, 65536)] == [16, 4, 2, 1, 1]
     assert section(8192, causal=False) is None
     assert section(8192, window_size=(100, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, (3, 64)),
+        ({"causal": False, "window_size": (None, 64)}, (3, 64)),
+        ({"headdim": 96}, (2, 128)),
+        ({"window_size": (None, None)}, (2, 128)),
+        ({"softcap": 3.0}, (2, 128)),
+    ],
+)
+def test_windows_take_three_warpgroups(change, chosen):
+    options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
+    spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
+    config = tuning.v3_forward(spec, HOPPER)
+    assert (config.consumers, config.block_n) == chosen
 
 
 @pytest.mark.gpu

@@ -586,7 +586,9 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     widths, widths_v = tuning.v3_widths(config.width), tuning.v3_widths(config.width_v)
-    widths_dq = (PART.value, PART.value // 2)[: 1 + (config.width % PART.value > 0 or config.split)]
+    widths_dq = (PART.value, PART.value // 2)[
+        : 1 + (config.width % PART.value > 0 or config.halves)
+    ]
     size_q, size_k = mods.block_sizes(spec.features)
     rows = size_q or block_m
     packed = spec.varlen is not None
@@ -674,7 +676,7 @@ def _prepare(
                 block_n=block_n,
                 width=config.width,
                 width_v=config.width_v,
-                split=config.split,
+                halves=config.halves,
                 ahead=config.ahead,
                 stages=config.stages,
                 dout_stages=config.dout_stages,

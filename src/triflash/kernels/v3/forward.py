@@ -56,7 +56,7 @@ class Schedule:
     block_n: int
     stages: int
     stages_k: int
-    stages_q: int
+    slots_q: int
     consumers: int
     dynamic: bool
     hold: bool
@@ -80,6 +80,11 @@ class Schedule:
     def fields(self) -> int:
         """Numbers that tell a warpgroup its tile."""
         return 7 if self.packed else 3
+
+    @property
+    def stages_q(self) -> int:
+        """Tiles whose q may be on its way to one warpgroup."""
+        return -(-self.slots_q // self.consumers)
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -138,7 +143,6 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     Rolling, the last v of a tile comes behind the first k of the next one.
     """
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
     q_smem, k_smem, _v, _out, tile_smem, q_full, q_empty, k_full, k_empty, _full, _empty = shared
@@ -187,16 +191,17 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
-                    slot = t % STAGES_Q * CONSUMERS + w
-                    mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+                    slot, phase = slot_of_q(t, w, C)
+                    mbarrier.wait(q_empty.index(slot), phase ^ 1)
                     if C.packed:
                         publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
                                                   seqlen_k))  # fmt: skip
                     else:
                         publish(tile_smem, slot, (start_m, batch, head))
                     thread_barrier()
-                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
-                         slot, C.parts)  # fmt: skip
+                    ready, _phase = full_of_q(t, w, C)
+                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(ready),
+                         q_smem, slot, C.parts)  # fmt: skip
             if not C.rolling:
                 if i > 0:
                     fill_v(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, shared, n - 1, C)
@@ -215,13 +220,36 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
         if n > 0:
             fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
     for w in gl.static_range(CONSUMERS):
-        slot = t % STAGES_Q * CONSUMERS + w
-        mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+        slot, phase = slot_of_q(t, w, C)
+        mbarrier.wait(q_empty.index(slot), phase ^ 1)
         if C.packed:
             publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
         else:
             publish(tile_smem, slot, (-1, 0, 0))
-        mbarrier.arrive(q_full.index(slot), count=1)
+        ready, _phase = full_of_q(t, w, C)
+        mbarrier.arrive(q_full.index(ready), count=1)
+
+
+@gluon.jit
+def full_of_q(t, W: gl.constexpr, C: gl.constexpr):
+    """The barrier that says that warpgroup W has the q of its t-th tile, and its phase.
+
+    Warpgroups have their own even if they share slots: parities are all that a wait knows, so one
+    for a slot's second use would pass while the first is not over. The producer is never two uses
+    ahead, as it has waited until all have released blocks of k that they used with the first.
+    """
+    return t % C.stages_q * C.consumers + W, t // C.stages_q & 1
+
+
+@gluon.jit
+def slot_of_q(t, W: gl.constexpr, C: gl.constexpr):
+    """Where that q is, and the phase of the barrier that says that the slot is empty."""
+    if C.slots_q % C.consumers == 0:
+        slot, phase = full_of_q(t, W, C)
+    else:
+        slot = (t * C.consumers + W) % C.slots_q
+        phase = (t * C.consumers + W) // C.slots_q & 1
+    return slot, phase
 
 
 @gluon.jit
@@ -280,7 +308,6 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
     Q_IN_REGISTERS: gl.constexpr = C.q_in_registers
@@ -314,7 +341,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     mbarrier.wait(q_full.index(W), 0)
     start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
-        q_slot = t % STAGES_Q * CONSUMERS + W
+        q_slot, _phase = slot_of_q(t, W, C)
         batch = read(tile_smem, C.fields * q_slot + 1)
         head = read(tile_smem, C.fields * q_slot + 2)
         entry_q = batch
@@ -419,7 +446,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if window_left is not None:
             n = pass_by(begin - first, n, bars, W, C)  # before all of their windows
 
-        if not C.alias:
+        if C.alias:  # q's slot, computed again, as registers are scarce
+            o_slot, _phase = slot_of_q(opaque(t), W, C)
+        else:
+            o_slot = W
             tma.store_wait(0)  # the tile before this one
         for part in gl.static_range(PARTS_V):
             factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
@@ -427,10 +457,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             if C.used_q:
                 rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
                 out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
-            tile(o_smem[part], W).store(out)
+            tile(o_smem[part], o_slot).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(o_slot),
                   part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         if C.used_q:
@@ -440,10 +470,11 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
 
         if C.alias:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
+            mbarrier.arrive(q_empty.index(o_slot), count=1)
         t += 1
-        q_slot = t % STAGES_Q * CONSUMERS + W
-        mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
+        ready, phase = full_of_q(t, W, C)
+        mbarrier.wait(q_full.index(ready), phase)
+        q_slot, _phase = slot_of_q(t, W, C)
         start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
 
@@ -766,7 +797,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
-    SLOTS_Q: gl.constexpr = C.consumers * C.stages_q
+    SLOTS_Q: gl.constexpr = C.slots_q
     if C.parts == 1:
         Q_K = ((Q,), (K,))
         q_smem = (buffers(Q, SLOTS_Q),)
@@ -790,7 +821,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     tile_smem = gl.allocate_shared_memory(
         gl.int32, [C.fields * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    q_full = barriers(SLOTS_Q, 1)
+    q_full = barriers(C.stages_q * CONSUMERS, 1)
     q_empty = barriers(SLOTS_Q, 1)
     k_full = barriers(STAGES_K, 1)
     k_empty = barriers(STAGES_K, THREADS * CONSUMERS)
@@ -935,7 +966,7 @@ def _prepare(
         block_n=config.block_n,
         stages=config.stages,
         stages_k=config.stages_k,
-        stages_q=config.stages_q,
+        slots_q=config.slots_q,
         consumers=config.consumers,
         dynamic=config.dynamic,
         hold=config.hold,
