@@ -84,6 +84,8 @@ class HopperBackwardConfig:
         fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
             begins with too much at once.
         fold: the product for dp begins with -delta.
+        both: p is only begun when dp is there, too.
+        release: each thread releases what it has read, without a barrier of its warpgroup.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
         programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
@@ -91,8 +93,8 @@ class HopperBackwardConfig:
         kv_stages: tiles of k and v in shared memory.
         splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
-        wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
-            nothing, and the next two mean nothing elsewhere.
+        wide: the schedule for head dimensions above 128, to which late_dv, fold, both, release and
+            lag mean nothing, and the next two mean nothing elsewhere.
         halves: of the odd number of parts of 64 columns that dq has, the last is made in halves.
         ahead: q k^T of the next step begins in this one.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
@@ -109,6 +111,8 @@ class HopperBackwardConfig:
     fused: bool = False
     fenced: bool = True
     fold: bool = True
+    both: bool = False
+    release: bool = False
     lag: bool = False
     backwards: bool = False
     programs: int = 0
@@ -461,9 +465,10 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             )  # fmt: skip
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv. But packed, with a mask of keys, 447 against 433.
+        # With both and release 484 against 465 at 2048, with release alone 460.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
-            programs=programs, kv_stages=kv_stages,
+            both=plain, release=plain, programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
     width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
@@ -492,12 +497,15 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # Measured at d96, full and causal: 489 and 421 at 4096, 497 and 479 at 16384, with lag 484
         # and 416, 510 and 504; with `programs`, and two tiles of k and v, 475 and 437, 492 and 331.
         # 96 filled up to 128: 438 and 378, 457 and 468.
+        # With release and no fold full 586 and 574 against 575 and 561 at 8192, 359 and 356 at 512;
+        # release alone 573, no fold alone 550; causal 0.95 to 1.02 times as fast.
         late = spec.causal and plain
+        free = plain and not (spec.causal or spec.deterministic) and width == width_v == 128
         programs = _programs(spec, target) if narrow and spec.seqlen_q < 4096 else 0
         return HopperBackwardConfig(
-            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late,
-            lag=narrow and spec.seqlen_q > 4096, backwards=backwards, programs=programs,
-            kv_stages=2 if programs else 1,
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, fold=not free,
+            release=free, lag=narrow and spec.seqlen_q > 4096, backwards=backwards,
+            programs=programs, kv_stages=2 if programs else 1,
         )  # fmt: skip
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.

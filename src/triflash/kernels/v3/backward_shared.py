@@ -55,6 +55,8 @@ class Schedule:
     fused: bool
     fenced: bool
     fold: bool
+    both: bool
+    release: bool
     lag: bool
     backwards: bool
     causal: bool
