@@ -655,7 +655,7 @@ def test_which_reports_of_racecheck_are_explained():
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
     index = line("tile_smem.index(len(fields) * slot + i).store(")
-    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
+    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], ")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
     explained += "\n" + report(f"forward.py:{index}", "mask.py:45", first="Write")
