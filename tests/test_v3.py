@@ -655,7 +655,7 @@ def test_which_reports_of_racecheck_are_explained():
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
     index = line("tile_smem.index(len(fields) * slot + i).store(")
-    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
+    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], ")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
     explained += "\n" + report(f"forward.py:{index}", "mask.py:45", first="Write")
@@ -907,6 +907,23 @@ def test_sections_give_every_multiprocessor_a_tile():
     assert [section(n) for n in (1024, 4096, 8192, 16384, 65536)] == [16, 4, 2, 1, 1]
     assert section(8192, causal=False) is None
     assert section(8192, window_size=(100, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, (3, 64)),
+        ({"causal": False, "window_size": (None, 64)}, (3, 64)),
+        ({"headdim": 96}, (2, 128)),
+        ({"window_size": (None, None)}, (2, 128)),
+        ({"softcap": 3.0}, (2, 128)),
+    ],
+)
+def test_windows_take_three_warpgroups(change, chosen):
+    options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
+    spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
+    config = tuning.v3_forward(spec, HOPPER)
+    assert (config.consumers, config.block_n) == chosen
 
 
 @pytest.mark.gpu

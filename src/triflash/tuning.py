@@ -45,6 +45,7 @@ class HopperConfig:
         q_in_registers: q comes from registers, its first part at least.
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
+        rolling: the first k and q of a tile are loaded before the last v of the one before it.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -62,6 +63,7 @@ class HopperConfig:
     q_in_registers: bool
     half_q: bool = False
     alias: bool = False
+    rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -332,6 +334,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     # modification of users, none 0.75 and 0.77.
     half_q = widths == (128,) and bool(spec.features.mods)
     half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
+    windows = _in_the_loop(spec) == ("window",) and widths == widths_v == (128,)
+    windows = windows and spec.varlen is None
     if max(total, total_v) <= 64:
         # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
         # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
@@ -350,6 +354,14 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         masks = spec.features.mask_mod is not None or _masks_both_sides(spec)
         tight = _loads_scores(spec) or (_modifies(spec) and masks)
         consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
+        if windows:
+            # 64 keys visit less at both edges; three warpgroups fill a tile's beginning and end.
+            # Measured, ms at 8192 against two of 128 keys: 0.254 and 0.265 for a causal window of
+            # 1024, 0.109 and 0.118 of 256, 0.717 and 0.744 of 4096, 0.279 and 0.287 of 512 on both
+            # sides; without half of q in registers 0.255, without hold 1% slower. All heads at once
+            # 0.262 against 0.266 with sections: neighbours share few keys.
+            consumers, block_n, most = 3, 64, 4
+            section, half_q = spec.batch * spec.nheads, True
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
@@ -378,14 +390,18 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         widths_v=widths_v,
         # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
         # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
-        hold=consumers == 2,
+        hold=consumers == 2 or windows,
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
         # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
+        q_in_registers=windows or (consumers == 2 and (not spec.features.mods or half_q)),
         half_q=half_q,
         alias=alias,
+        # Measured at d128 causal, ms at 8192: documents as a block mask 0.218 against 0.230, packed
+        # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
+        rolling=total == total_v == 128
+        and (spec.varlen is not None or spec.features.blocks is not None),
     )
 
 

@@ -444,6 +444,14 @@ def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
 
 
 @gluon.jit
+def in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Whether block m of a walk is in the head's list; a walk is as long as the longest list of the
+    heads that share its keys."""
+    count, _entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return m * C.block_m // C.size_q < count
+
+
+@gluon.jit
 def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
     """How many programs of earlier keys add to block m's dq."""
     PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
@@ -695,10 +703,14 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 turn -= begin[0] // C.block_n
             if BlockLists is not None:
                 turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
+            counted = True
+            if BlockLists is not None and C.gqa:
+                counted = in_list(BlockLists, batch, head, tile_n, m, C)
             # They have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
-                pass
-            fence_async_global()
+            if counted:
+                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+                    pass
+                fence_async_global()
         for r in gl.static_range(ROUNDS):
             place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
@@ -720,9 +732,10 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                           places, head, start_m, tile_n, final, dq_smem, r * DQ_BUFFERS + w, w,
                           C)  # fmt: skip
         if C.deterministic:
-            wait_for_reductions()
-            fence_async_global()
-            gl.atomic_add(Turn + row, 1, sem="release")
+            if counted:
+                wait_for_reductions()
+                fence_async_global()
+                gl.atomic_add(Turn + row, 1, sem="release")
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS

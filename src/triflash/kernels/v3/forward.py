@@ -64,6 +64,7 @@ class Schedule:
     q_in_registers: bool
     half_q: bool
     alias: bool
+    rolling: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -137,14 +138,14 @@ def listed(BlockLists, batch, head, start_m, C: gl.constexpr):
 @gluon.jit
 def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_right,
              C: gl.constexpr):  # fmt: skip
-    """The warp that loads: q of each tile, then k and v in the order in which they are used."""
-    STAGES: gl.constexpr = C.stages
+    """The warp that loads: q of each tile, then k and v in the order in which they are used.
+
+    Rolling, the last v of a tile comes behind the first k of the next one.
+    """
     STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
-    q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
-        shared
-    )
+    q_smem, k_smem, _v, _out, tile_smem, q_full, q_empty, k_full, k_empty, _full, _empty = shared
     tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks = sizes
     if C.packed:
         tiles_m = gl.load(Blocks)
@@ -152,6 +153,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     index = gl.program_id(0)
     t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
+    row_v, entry_v, head_v, seqlen_v = 0, 0, 0, 0  # of the block whose v is to come
     while index < tiles:
         if C.packed:
             i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
@@ -171,12 +173,20 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
         following = index + gl.num_programs(0)
-        for i in range(blocks + 1):
-            if i < blocks:
-                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+        for i in range(blocks if C.rolling else blocks + 1):
+            if C.rolling:
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
+                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+                fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
+                     n % STAGES_K, C.parts)  # fmt: skip
+                if n > 0:  # before q, which may wait for the end of the tile before this one
+                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
+                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
+            elif i < blocks:
+                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+                row = (end - 1 - i) * BLOCK_N
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
@@ -192,24 +202,23 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                     ready, _phase = full_of_q(t, w, C)
                     fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(ready),
                          q_smem, slot, C.parts)  # fmt: skip
-            if i > 0:
-                p = n - 1
-                mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                row = (end - i) * BLOCK_N
-                if BlockLists is not None:
-                    row, _partial = visited(entries, row, C.size_k)
-                fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
-                     p % STAGES, C.parts_v)  # fmt: skip
+            if not C.rolling:
+                if i > 0:
+                    fill_v(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, shared, n - 1, C)
             if C.dynamic:
                 # Behind the last load the next tile would wait for the counter: 303 against 322 at
                 # d128 causal, 512. Much earlier, long tiles would be shared out before it is known
                 # who is done first. Every tile has one such step.
-                if i == gl.maximum(blocks - 2, 1):
-                    following = gl.num_programs(0) + draw(Counter, tiles)
+                if i == (gl.maximum(blocks - 3, 0) if C.rolling else gl.maximum(blocks - 2, 1)):
+                    following = gl.num_programs(0) + draw(Counter, tiles, C)
             n += 1
-        n -= 1
+        if not C.rolling:
+            n -= 1
         t += 1
         index = following
+    if C.rolling:
+        if n > 0:
+            fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
     for w in gl.static_range(CONSUMERS):
         slot, phase = slot_of_q(t, w, C)
         mbarrier.wait(q_empty.index(slot), phase ^ 1)
@@ -244,9 +253,10 @@ def slot_of_q(t, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def draw(Counter, tiles):
+def draw(Counter, tiles, C: gl.constexpr):
     """How many tiles were drawn before; there is one draw a tile, the last of which leaves 0."""
-    drawn = gl.atomic_add(Counter, 1)
+    # Nothing else is told by it. But plain calls are not compiled anew for that.
+    drawn = gl.atomic_add(Counter, 1, sem="relaxed" if C.rolling else None)
     if drawn == tiles - 1:
         gl.atomic_xchg(Counter, 0)
     return drawn
@@ -262,6 +272,14 @@ def fill(descs, entry, head, row, seqlen, bar, rings, slot, PARTS: gl.constexpr)
         load(descs[1], entry, head, row, seqlen, bar, rings[1].index(slot),
              descs[0].block_type.shape[-1])  # fmt: skip
     load(descs[0], entry, head, row, seqlen, bar, rings[0].index(slot))
+
+
+@gluon.jit
+def fill_v(V, entry, head, row, seqlen, shared, p, C: gl.constexpr):
+    """Load v of block p of all that are loaded."""
+    v_smem, v_full, v_empty = shared[2], shared[9], shared[10]
+    mbarrier.wait(v_empty.index(p % C.stages), p // C.stages & 1 ^ 1)
+    fill(V, entry, head, row, seqlen, v_full.index(p % C.stages), v_smem, p % C.stages, C.parts_v)
 
 
 @gluon.jit
@@ -956,6 +974,7 @@ def _prepare(
         q_in_registers=config.q_in_registers,
         half_q=config.half_q,
         alias=config.alias,
+        rolling=config.rolling,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
