@@ -793,6 +793,8 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
         {"batch": 64, "seqlen_q": 100, "seqlen_k": 64, "nheads": 8, "nheads_k": 4, "headdim": 256},
+        # dq of a step in the next
+        {"batch": 1, "seqlen_q": 4300, "seqlen_k": 4200, "nheads": 2, "nheads_k": 1, "headdim": 96},
     ],
 )
 def test_programs_that_walk_several_tiles(shape, causal, device):

@@ -494,11 +494,11 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
         # do not fit the registers. late_dp causal 337 and 505 against 328 and 487 at 1024 and 4096;
         # full 360, 443 and 572 against 361, 443 and 597.
+        # With release and no fold full 586 and 574 against 575 and 561 at 8192, 359 and 356 at 512;
+        # release alone 573, no fold alone 550; causal 0.95 to 1.02 times as fast.
         # Measured at d96, full and causal: 489 and 421 at 4096, 497 and 479 at 16384, with lag 484
         # and 416, 510 and 504; with `programs`, and two tiles of k and v, 475 and 437, 492 and 331.
         # 96 filled up to 128: 438 and 378, 457 and 468.
-        # With release and no fold full 586 and 574 against 575 and 561 at 8192, 359 and 356 at 512;
-        # release alone 573, no fold alone 550; causal 0.95 to 1.02 times as fast.
         late = spec.causal and plain
         free = plain and not (spec.causal or spec.deterministic) and width == width_v == 128
         programs = _programs(spec, target) if narrow and spec.seqlen_q < 4096 else 0
