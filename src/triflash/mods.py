@@ -51,6 +51,7 @@ class ScoreMod:
     derivative: Any
     gradient: Any
     reference: Callable[..., Tensor] | None
+    bound: Callable[[tuple[Any, ...]], float | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +127,7 @@ def score_mod(
     derivative: Any = None,
     gradient: Any = None,
     reference: Callable[..., Tensor] | None = None,
+    bound: Callable[[tuple[Any, ...]], float | None] | None = None,
 ) -> ScoreMod:
     """A score modification for `attention(..., score_mod=)`; make it once, not in every call.
 
@@ -140,6 +142,9 @@ def score_mod(
             gradient.
         reference: function again, in PyTorch on tensors that broadcast to
             `(batch, nheads, seqlen_q, seqlen_k)`, for the implementation "reference".
+        bound: `(aux) -> number or None`, in Python: what no score that function returns exceeds in
+            absolute value, for the call's aux, which has None for tensors. With a small one v3 need
+            not look for the largest score (bfloat16). If it is wrong, results may be too.
 
     Raises:
         TypeError: not a `@triton.jit` function, or one with another number of parameters.
@@ -149,7 +154,7 @@ def score_mod(
         check_function("derivative", derivative, "dscore, score, b, h, q_idx, kv_idx, aux")
     if gradient is not None:
         check_function("gradient", gradient, "dscore, score, b, h, q_idx, kv_idx, aux, grads")
-    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference)
+    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound)
     _mods[mod.key] = mod
     return mod
 
@@ -424,6 +429,20 @@ def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any
     return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
 
 
+def score_bound(features: Features) -> float | None:
+    """What no modified score exceeds in absolute value, if that is known."""
+    if not features.score_mods:
+        return None
+    last = features.score_mods[-1]
+    if last.key == "softcap":
+        return float(last.aux[0])
+    bound = None if last.key in _BUILT_IN else get(last.key).bound
+    if bound is None:
+        return None
+    found = bound(tuple(None if isinstance(a, str) else a for a in last.aux))
+    return None if found is None else float(found)
+
+
 def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """What kernels take as Dropout; see kernels/common/dropout.py."""
     if features.dropout_p == 0.0:
@@ -677,3 +696,10 @@ def _bind(
 def _shown(value: Any) -> str:
     inner = getattr(value, "fn", value)
     return str(getattr(inner, "__qualname__", None) or type(value).__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """Functions for modifications, which need triton: `reciprocal`."""
+    if name != "reciprocal":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("triflash.kernels.common.mods").reciprocal

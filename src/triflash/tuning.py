@@ -14,6 +14,7 @@ from math import gcd
 
 import torch
 
+from triflash.mods import score_bound
 from triflash.spec import AttentionSpec
 from triflash.target import Target
 
@@ -45,6 +46,8 @@ class HopperConfig:
         q_in_registers: q comes from registers, its first part at least.
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
+        polynomials: of 8 exponentials so many are polynomials, not of the special function unit.
+        bounded: scores are so small that their exponentials need no maximum.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -62,6 +65,8 @@ class HopperConfig:
     q_in_registers: bool
     half_q: bool = False
     alias: bool = False
+    polynomials: int = 0
+    bounded: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -296,6 +301,16 @@ def v3_fuses(spec: AttentionSpec) -> bool:
     )
 
 
+def v3_bounded(spec: AttentionSpec) -> bool:
+    """Whether v3's forward takes all scores relative to 0 instead of a row's largest.
+
+    Sums of exponentials up to e^50 = 2^72 leave 2^40 for the number of keys and for v, and none
+    vanish. float16 has no room for them.
+    """
+    bound = score_bound(spec.features)
+    return spec.dtype == torch.bfloat16 and bound is not None and 0.0 <= bound <= 50.0
+
+
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     """v3's forward, on sm_90 alone.
 
@@ -366,6 +381,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
         half_q=half_q,
         alias=alias,
+        bounded=v3_bounded(spec),
     )
 
 

@@ -31,9 +31,10 @@ from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
-from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
+from triflash.kernels.common.softmax import LOG2_E, finish
 from triflash.kernels.common.varlen import lse_offset
 from triflash.kernels.v3.counters import counter_for
+from triflash.kernels.v3.exponentials import weights
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
     barriers,
@@ -64,6 +65,8 @@ class Schedule:
     q_in_registers: bool
     half_q: bool
     alias: bool
+    polynomials: int
+    bounded: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -364,8 +367,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if MaskMod is not None:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
-        HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
-        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
+        HIDES: gl.constexpr = (
+            C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
+        )
+        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -555,12 +560,19 @@ def keys_of(s, start_n):
 def modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
              INSIDE: gl.constexpr):  # fmt: skip
     """q k^T behind the scale and all modifications. constant: the scale, or that of a fused one."""
-    k_idx = keys_of(s, start_n)
     if len(ScoreMods[0]) == 3:
-        s = ScoreMods[0][0](s, q_idx, k_idx, seqlen_q, seqlen_k, constant)
+        # Relative to the block, so that its keys need no conversion of their own in each.
+        s = ScoreMods[0][0](s, q_idx - start_n, keys_of(s, 0), seqlen_q, seqlen_k, constant)
     else:
+        k_idx = keys_of(s, start_n)
         s = modify(s * constant, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods, INSIDE)
     return s
+
+
+@gluon.constexpr_function
+def can_hide(score_mods):
+    """Whether a modification of scores may give -inf: a user's own, or a bias."""
+    return score_mods is not None and len(score_mods[0]) == 2
 
 
 @gluon.jit
@@ -660,9 +672,13 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
             seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
-    alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
-    l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
+    HIDES: gl.constexpr = EDGES or MaskMod is not None or can_hide(ScoreMods)
+    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, C)
+    if C.bounded:
+        l_i += sum_of_lanes(p)
+    else:
+        alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
+        l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
     # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
     # moves no wait over a branch, which both of these are.
     if C.hold:
@@ -672,10 +688,11 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
     acc = finished(acc, C.parts_v)
     release(v_empty.index(slot))
     p = p.to(v_smem[0].dtype)
-    if C.parts_v == 1:
-        acc = (rescaled(acc[0], alpha),)
-    else:
-        acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
+    if not C.bounded:
+        if C.parts_v == 1:
+            acc = (rescaled(acc[0], alpha),)
+        else:
+            acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
     return acc, m_i, l_i, p
 
 
@@ -911,8 +928,8 @@ def _prepare(
     size_q, size_k = mods.block_sizes(spec.features)
     # The diagonal then begins at a block's corner, and every row has a key in its first block.
     shift = spec.seqlen_k - spec.seqlen_q
-    plain = not spec.features.mods and spec.features.blocks is None
-    whole = plain and (self_attention if packed else shift >= 0 and shift % config.block_n == 0)
+    whole = self_attention if packed else shift >= 0 and shift % config.block_n == 0
+    whole = whole and spec.features.blocks is None
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -925,6 +942,8 @@ def _prepare(
         q_in_registers=config.q_in_registers,
         half_q=config.half_q,
         alias=config.alias,
+        polynomials=config.polynomials,
+        bounded=config.bounded,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
