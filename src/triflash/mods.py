@@ -52,6 +52,7 @@ class ScoreMod:
     gradient: Any
     reference: Callable[..., Tensor] | None
     bound: Callable[[tuple[Any, ...]], float | None] | None = None
+    fused: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,7 @@ def score_mod(
     gradient: Any = None,
     reference: Callable[..., Tensor] | None = None,
     bound: Callable[[tuple[Any, ...]], float | None] | None = None,
+    fused: Any = None,
 ) -> ScoreMod:
     """A score modification for `attention(..., score_mod=)`; make it once, not in every call.
 
@@ -145,6 +147,9 @@ def score_mod(
         bound: `(aux) -> number or None`, in Python: what no score that function returns exceeds in
             absolute value, for the call's aux, which has None for tensors. With a small one v3 need
             not look for the largest score (bfloat16). If it is wrong, results may be too.
+        fused: `@triton.jit`, of function's parameters: function of s * scale, times log2(e), so that
+            both factors can go into constants of its own. scale > 0 is in aux, before seqlen_q and
+            seqlen_k. v3's forward takes it, on NVIDIA GPUs alone, if no other scores are modified.
 
     Raises:
         TypeError: not a `@triton.jit` function, or one with another number of parameters.
@@ -154,7 +159,9 @@ def score_mod(
         check_function("derivative", derivative, "dscore, score, b, h, q_idx, kv_idx, aux")
     if gradient is not None:
         check_function("gradient", gradient, "dscore, score, b, h, q_idx, kv_idx, aux, grads")
-    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound)
+    if fused is not None:
+        check_function("fused", fused, "s, b, h, q_idx, kv_idx, aux")
+    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound, fused)
     _mods[mod.key] = mod
     return mod
 
@@ -429,6 +436,21 @@ def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any
     return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
 
 
+def in_base_2(features: Features) -> bool:
+    """Whether the only modification of scores is a user's that has a fused form."""
+    keys = [mod.key for mod in features.score_mods]
+    return len(keys) == 1 and keys[0] not in _BUILT_IN and get(keys[0]).fused is not None
+
+
+def base_2_forward(
+    features: Features, extras: tuple[Any, ...], softmax_scale: float
+) -> tuple[Any, Any]:
+    """`for_forward` where `in_base_2`: takes q k^T, gives scores in base 2."""
+    [(_, values)], mask = for_forward(features, extras)
+    fused = get(features.score_mods[0].key).fused
+    return ((fused, (*values, abs(softmax_scale) or 1.0)),), mask
+
+
 def score_bound(features: Features) -> float | None:
     """What no modified score exceeds in absolute value, if that is known."""
     if not features.score_mods:
@@ -699,7 +721,7 @@ def _shown(value: Any) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Functions for modifications, which need triton: `reciprocal`."""
-    if name != "reciprocal":
+    """Functions for modifications; lazily, because they need triton."""
+    if name not in ("reciprocal", "approximate_reciprocal"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("triflash.kernels.common.mods").reciprocal
+    return getattr(importlib.import_module("triflash.kernels.common.mods"), name)

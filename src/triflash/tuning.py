@@ -46,8 +46,7 @@ class HopperConfig:
         q_in_registers: q comes from registers, its first part at least.
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
-        polynomials: of 8 exponentials so many are polynomials, not of the special function unit.
-        bounded: scores are so small that their exponentials need no maximum.
+        bounded: exponentials are relative to 0 instead of a row's largest score.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -65,7 +64,6 @@ class HopperConfig:
     q_in_registers: bool
     half_q: bool = False
     alias: bool = False
-    polynomials: int = 0
     bounded: bool = False
     num_warps: int = 4
     num_stages: int = 1

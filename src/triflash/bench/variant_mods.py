@@ -17,6 +17,12 @@ def soft_sign_derivative(dscore, score, b, h, q_idx, kv_idx, aux):  # type: igno
     return dscore * (r * r)
 
 
+@triton.jit
+def soft_sign_fused(s, b, h, q_idx, kv_idx, aux):  # type: ignore[no-untyped-def]
+    ln_2 = 0.6931471805599453
+    return s * mods.approximate_reciprocal(ln_2 / aux[1] + tl.abs(s) * (ln_2 / aux[0]))
+
+
 def soft_sign_reference(score, b, h, q_idx, kv_idx, aux):  # type: ignore[no-untyped-def]
     return score / (1.0 + score.abs() / aux[0])
 
@@ -36,5 +42,6 @@ SOFT_SIGN = mods.score_mod(
     derivative=soft_sign_derivative,
     reference=soft_sign_reference,
     bound=lambda aux: aux[0],
+    fused=soft_sign_fused,
 )
 SAME_DOCUMENT = mods.mask_mod(same_document, reference=same_document_reference)
