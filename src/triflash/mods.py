@@ -147,18 +147,21 @@ def score_mod(
         bound: `(aux) -> number or None`, in Python: what no score that function returns exceeds in
             absolute value, for the call's aux, which has None for tensors. With a small one v3 need
             not look for the largest score (bfloat16). If it is wrong, results may be too.
-        fused: `@triton.jit`, of function's parameters: function of s * scale, times log2(e), so that
+        fused: `@triton.jit`, of the same parameters: function of s * scale, times log2(e), so that
             both factors can go into constants of its own. scale > 0 is in aux, before seqlen_q and
-            seqlen_k. v3's forward takes it, on NVIDIA GPUs alone, if no other scores are modified.
+            seqlen_k. For v3's forward, so NVIDIA GPUs alone; not where scores are modified twice.
 
     Raises:
-        TypeError: not a `@triton.jit` function, or one with another number of parameters.
+        TypeError: not a `@triton.jit` function, or one with another number of parameters; a bound
+            that cannot be called.
     """
     check_function("score_mod", function, "score, b, h, q_idx, kv_idx, aux")
     if derivative is not None:
         check_function("derivative", derivative, "dscore, score, b, h, q_idx, kv_idx, aux")
     if gradient is not None:
         check_function("gradient", gradient, "dscore, score, b, h, q_idx, kv_idx, aux, grads")
+    if bound is not None and not callable(bound):
+        raise TypeError(f"bound must be a function (aux) of Python, got {_shown(bound)}")
     if fused is not None:
         check_function("fused", fused, "s, b, h, q_idx, kv_idx, aux")
     mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound, fused)

@@ -302,7 +302,7 @@ def v3_fuses(spec: AttentionSpec) -> bool:
 def v3_bounded(spec: AttentionSpec) -> bool:
     """Whether v3's forward takes all scores relative to 0 instead of a row's largest.
 
-    Sums of exponentials up to e^50 = 2^72 leave 2^40 for the number of keys and for v, and none
+    Exponentials up to e^50 = 2^72 leave 2^55 for the number of keys times the largest v, and none
     vanish. float16 has no room for them.
     """
     bound = score_bound(spec.features)

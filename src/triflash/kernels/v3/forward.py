@@ -45,7 +45,7 @@ from triflash.kernels.v3.tma import (
     tile,
     view,
 )
-from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 
