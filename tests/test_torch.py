@@ -349,6 +349,21 @@ def test_double_backward_raises(implementation, device):
         torch.autograd.grad(grad.square().sum(), q)
 
 
+def test_a_profiler_sees_the_operators_that_eager_calls_leave_out(device):
+    q = torch.randn(1, 9, 2, 16, device=device, requires_grad=True)
+
+    def gradient():
+        out = triflash.attention(q, q, q, implementation="reference")
+        return torch.autograd.grad(out.sum(), q)[0]
+
+    alone = gradient()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched = gradient()
+    names = {event.key for event in profile.key_averages()}
+    assert {"triflash::attention_forward", "triflash::attention_backward"} <= names
+    assert torch.equal(alone, watched)
+
+
 @every_differentiable_row
 def test_gradients_accumulate_in_leaves(implementation, device):
     skip_unsupported(CASE, implementation, device)

@@ -274,9 +274,11 @@ def _gradients(
     options: tuple[Any, ...],
     extras: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    dq, dk, dv, dextras = torch.ops.triflash.attention_backward.default(
-        dout, dlse, q, k, v, out, lse, saved, *options, extras
-    )
+    tensors = (dout, dlse, q, k, v, out, lse, *extras)
+    eager = ops.is_eager(*(t for t in tensors if t is not None))
+    operator = torch.ops.triflash.attention_backward.default
+    backward: Callable[..., Any] = ops.backward if eager else operator
+    dq, dk, dv, dextras = backward(dout, dlse, q, k, v, out, lse, saved, *options, extras)
     return dq, dk, dv, *dextras
 
 

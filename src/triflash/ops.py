@@ -103,7 +103,7 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
-def _backward(
+def backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -120,6 +120,7 @@ def _backward(
     features: str = "",
     extras: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The body of the backward operator, which may be called without it if `is_eager`."""
     spec = _spec(q, k, v, softmax_scale, causal, deterministic, allow_tf32, features, extras)
     row = registry.resolve(implementation, spec, target_of(q.device))
     dout, dlse = _readable(dout, dlse)
@@ -171,7 +172,7 @@ def _where(sequences: Sequences) -> dict[str, Sequences]:
     return {} if sequences is NOT_PACKED else {"sequences": sequences}
 
 
-def _packed_backward(
+def packed_backward(
     dout: Tensor,
     dlse: Tensor | None,
     tensors: list[Tensor],
@@ -180,6 +181,7 @@ def _packed_backward(
     saved: list[Tensor],
     *options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """The body of the packed backward operator, as `backward`."""
     q, k, v = split(tensors)
     spec, sequences, extras = _packed_spec(q, k, v, *options)
     row = registry.resolve(options[_IMPLEMENTATION], spec, target_of(q.device))
@@ -252,9 +254,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 for _key in ("CPU", "CUDA"):
     _library.impl("attention_forward", _forward, _key)
-    _library.impl("attention_backward", _backward, _key)
+    _library.impl("attention_backward", backward, _key)
     _library.impl("packed_attention_forward", _packed_forward, _key)
-    _library.impl("packed_attention_backward", _packed_backward, _key)
+    _library.impl("packed_attention_backward", packed_backward, _key)
 
 
 def _fake_forward(q: Tensor, v: Tensor, implementation: str) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -352,8 +352,11 @@ _OPTIONS = 8  # of an operator, between where sequences are and extras
 
 def _gradients(n: int, dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     *packed, out, lse, saved, options, extras = arguments
+    tensors = (dout, dlse, *packed, out, lse, *extras)
+    eager = ops.is_eager(*(t for t in tensors if t is not None))
     operator = torch.ops.triflash.packed_attention_backward.default
-    grads, dextras = operator(
+    backward = ops.packed_backward if eager else operator
+    grads, dextras = backward(
         dout, dlse, packed[:n], out, lse, saved, *packed[n:], *options, extras
     )
     return *grads, *dextras

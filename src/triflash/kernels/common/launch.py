@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -61,7 +62,7 @@ class Launch:
         grid = self.grid if programs is None else (programs, 1, 1)
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
-            addresses = tuple([None if x is None else x.data_ptr() for x in tensors])
+            addresses = tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())
@@ -76,7 +77,8 @@ class Launch:
         )
         if compiled is not None:  # None from the interpreter
             self._run = compiled
-            if self.views:
+            # v2's modifications and descriptors come made, which addresses cannot stand for.
+            if all(x is None or isinstance(x, (Tensor, int)) for x in tensors):
                 self._launcher = _launcher_of(compiled)
 
     def arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
@@ -121,19 +123,23 @@ def _launcher_of(compiled: Any) -> _Launcher | None:
     """What lies beneath Triton 3.6's launcher, which encodes every descriptor again in each call.
 
     That costs it more than the launch: 13 us against 4 with four descriptors. None for other
-    versions of Triton, whose own way is then taken, and for kernels that need scratch memory.
+    versions of Triton, whose own way is then taken, on AMD, and for kernels that need scratch
+    memory.
     """
     launcher = compiled.run
-    scratch = launcher.global_scratch_size or launcher.profile_scratch_size
-    if scratch or not triton.__version__.startswith("3.6."):
+    if type(launcher).__name__ != "CudaLauncher" or not triton.__version__.startswith("3.6."):
+        return None
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    wrapped = inspect.getclosurevars(launcher.launch).nonlocals
     fixed = (
         compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
         compiled.packed_metadata, None, None, None,
     )  # fmt: skip
+    if not inspect.isfunction(launcher.launch):  # Triton wraps only what takes descriptors
+        return _Launcher(launcher.launch, fixed, make_tensordesc_arg, [])
+    wrapped = inspect.getclosurevars(launcher.launch).nonlocals
     return _Launcher(wrapped["launcher"], fixed, make_tensordesc_arg, wrapped["tensordesc_meta"])
 
 
