@@ -292,7 +292,8 @@ def v3_fuses(spec: AttentionSpec) -> bool:
     """Whether v3's forward takes softcap or ALiBi in its fused form.
 
     It must be the only score modification, and the scale so large that no constant overflows.
-    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
+    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused. Since
+    then softcap has no maximum, and ALiBi has 0.94 by distances relative to a block.
     """
     return tuple(mod.key for mod in spec.features.score_mods) in (("softcap",), ("alibi",)) and (
         spec.softmax_scale > 1e-6
@@ -302,8 +303,9 @@ def v3_fuses(spec: AttentionSpec) -> bool:
 def v3_bounded(spec: AttentionSpec) -> bool:
     """Whether v3's forward takes all scores relative to 0 instead of a row's largest.
 
-    Exponentials up to e^50 = 2^72 leave 2^55 for the number of keys times the largest v, and none
-    vanish. float16 has no room for them.
+    Measured at d128 causal, 8192: softcap 0.91 of plain's speed, 0.86 with maxima; a user's soft
+    sign 0.92 and 0.85. Exponentials up to e^50 = 2^72 leave 2^55 for the number of keys times the
+    largest v, and none vanish. float16 has no room for them.
     """
     bound = score_bound(spec.features)
     return spec.dtype == torch.bfloat16 and bound is not None and 0.0 <= bound <= 50.0
@@ -324,9 +326,9 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
     stages_q, alias = 1, False
-    # Measured at d128 causal, 8192, as parts of plain's speed: all of q in registers 0.67 for
-    # softcap, 0.77 for ALiBi, none 0.79 and 0.89; half of it 0.78 and 0.79 for a mask and a score
-    # modification of users, none 0.75 and 0.77.
+    # Measured at d128 causal, 8192, as parts of plain's speed: none of q in registers 0.91 for
+    # softcap, 0.94 for ALiBi, all 0.90 and 0.90; half of it 0.92 for a user's soft sign, none 0.90,
+    # and 0.78 for a mask of users, none 0.75.
     half_q = widths == (128,) and bool(spec.features.mods)
     half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
     if max(total, total_v) <= 64:
@@ -337,8 +339,10 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
-            # Measured: softcap at 8192 causal 0.67 of plain, 0.64 with 128 keys.
-            consumers, block_n, most = 3, 64, 6
+            # Measured at 8192 causal: a softcap that is not bounded 0.71 of plain; one that is 0.78,
+            # with four warpgroups 0.80, with 128 keys 0.77.
+            four = v3_bounded(spec) and v3_fuses(spec) and spec.features.mask_mod is None
+            consumers, block_n, most = (4 if four else 3), 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
