@@ -339,9 +339,10 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
-            # Measured at 8192 causal: a softcap that is not bounded 0.71 of plain; one that is 0.78,
-            # with four warpgroups 0.80, with 128 keys 0.77.
-            four = v3_bounded(spec) and v3_fuses(spec) and spec.features.mask_mod is None
+            # Measured at 8192 causal: a softcap that is not bounded 0.71 of plain, one that is
+            # 0.78, with four warpgroups 0.80, with 128 keys 0.77.
+            masks = spec.features.mask_mod, spec.features.window_left, spec.features.window_right
+            four = v3_bounded(spec) and v3_fuses(spec) and masks == (None, None, None)
             consumers, block_n, most = (4 if four else 3), 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
