@@ -32,7 +32,7 @@ demo: $(SETUP)
 	$(PY) -m triflash train $(ARGS)
 
 test: $(SETUP)
-	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What is measured already is not measured again, so this can be interrupted; `make clean` forgets.
 bench: $(SETUP)

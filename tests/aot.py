@@ -7,9 +7,14 @@ what the configuration for that target would launch, with the same specialisatio
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -224,6 +230,29 @@ def compile_call(name: str, with_ptx: bool = False, **call: Any) -> list[Compile
     return results
 
 
+class Compiler:
+    """A process in which kernels are compiled, not interpreted, and which LLVM may abort."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if self._pool is None:
+            # Spawned, so that it imports Triton anew, under the environment of the first call.
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+                return self._pool.submit(function, *arguments, **options).result()
+        except BrokenProcessPool:
+            self.close()
+            pytest.fail("the compiler ended the process")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
@@ -292,5 +321,6 @@ def sass(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("nvdisasm"), "-c", file.name]
+        # Without an analysis that only adds comments.
+        command = [_tool("nvdisasm"), "-c", "-ndf", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

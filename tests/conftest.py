@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import torch
 
@@ -10,8 +11,13 @@ GPU = torch.cuda.is_available()
 if not GPU:  # Triton reads it when a kernel is defined, so before anything imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import aot  # noqa: E402
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+if not GPU:
+    interpreter.hasten()
 
 # The workers of pytest-xdist share the cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -36,10 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and of
-    what is marked as sampled.
+    """Without a GPU, one in three of the shared tests for each row that "auto" never picks, and
+    one in `every` of what a function marks as `sampled(every)`; of what is `slow`, nothing.
 
-    The interpreter takes five minutes a row for all of them. Each row gets others.
+    Of the first so many the first runs, of the next the second, and so on: what varies fastest is
+    then met everywhere, whatever it varies with. Each row gets others.
     """
     from triflash import registry
 
@@ -47,25 +54,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if GPU or named or config.getoption("--thorough"):
         return
     rows = [row.name for row in registry.IMPLEMENTATIONS if not row.auto]
-    seen = dict.fromkeys(rows, 0)
-    sampled = 0
+    seen: Counter[tuple[object, ...]] = Counter()
     for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes most of a minute; --thorough runs it"))
+            continue
         row = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        if row in seen and item.path.stem != "test_ladder":
-            seen[row] += 1
-            if (seen[row] + rows.index(row)) % 3:
-                reason = "without a GPU one in three of the ladder's tests; --thorough runs all"
-                item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("sampled"):
-            sampled += 1
-            if sampled % 3:
-                reason = "without a GPU one in three of these; --thorough runs all"
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if row in rows and item.path.stem != "test_ladder":
+            kind, every, first, what = (row,), 3, rows.index(row), "the ladder's tests"
+        elif marker := item.get_closest_marker("sampled"):
+            every, first, what = *marker.args, 0, "these"
+            kind = (item.path.stem, item.originalname, row, every)
+        else:
+            continue
+        turn, place = divmod(seen[kind], every)
+        seen[kind] += 1
+        if place != (turn + first) % every:
+            reason = f"without a GPU one in {every} of {what}; --thorough runs all"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(count=1): needs that many GPUs")
-    config.addinivalue_line("markers", "sampled: without a GPU one in three of them will do")
+    config.addinivalue_line("markers", "slow: without a GPU only with --thorough")
+    config.addinivalue_line("markers", "sampled(every): without a GPU one in so many will do")
     for ours in (  # of Triton's interpreter, one for every program of every kernel
         "ignore:Conversion of an array with ndim:DeprecationWarning:triton",
         "ignore:.* encountered in (log2|exp2|multiply):RuntimeWarning:triton",
@@ -90,6 +102,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """An `aot.Compiler`, one for all tests of a worker."""
+    compiler = aot.Compiler()
+    yield compiler
+    compiler.close()
 
 
 @pytest.fixture

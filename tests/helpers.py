@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from triflash.spec import make_spec
 from triflash.target import Target
 from triflash.testing import Case
 
+T = TypeVar("T")
 GPU = torch.cuda.is_available()
 ROWS = registry.implementations()
 DIFFERENTIABLE = [row.name for row in registry.IMPLEMENTATIONS if row.backward is not None]
@@ -108,6 +114,46 @@ def compiled_and_not(call: Callable[..., torch.Tensor], leaves: tuple[torch.Tens
     pairs = list(zip(*gradients, strict=True))
     torch._dynamo.reset()
     return (got, expected), pairs
+
+
+def in_a_new_process(function: Callable[..., object], *arguments: object) -> None:
+    """Fails if it raises there or ends the process.
+
+    The process has imported PyTorch and Triton and done nothing: it is forked from one like it,
+    since these imports take longer than most that is tested so.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._inductor.config", "triton", "pytest", "hypothesis"])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            pytest.fail("it ended the process")
+
+
+def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what `call` launches, and what it gave, which every replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # first calls compile and prepare, and no graph may hold that
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within, what waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def unexplained_races(report: str) -> list[str]:

@@ -15,6 +15,7 @@ from helpers import (
     assert_repeated,
     assert_within_budget,
     both_causal,
+    captured,
     check,
     every_differentiable_row,
     every_kernel_row,
@@ -108,15 +109,7 @@ def test_cuda_graph(implementation, causal, device):
         grads = torch.autograd.grad((out, lse), leaves, (static.dout, static.dlse))
         return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, got = captured(step)
     for seed in (1, 2):
         fresh = make_inputs(_with(case, seed=seed), device)
         with torch.no_grad():
@@ -125,7 +118,7 @@ def test_cuda_graph(implementation, causal, device):
         graph.replay()
         torch.cuda.synchronize()
         expected = run_case(case, fresh, implementation)
-        assert_repeated(implementation, case, fresh, expected, captured)
+        assert_repeated(implementation, case, fresh, expected, got)
 
 
 @every_kernel_row

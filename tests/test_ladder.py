@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import aot
 import pytest
@@ -15,6 +13,7 @@ from helpers import (
     assert_bitwise_equal,
     assert_within_budget,
     both_causal,
+    in_a_new_process,
     skip_unsupported,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,23 +223,12 @@ def test_the_first_gradient_of_a_process_is_right(implementation, device, tmp_pa
         batch=1, seqlen_q=N, seqlen_k=N + 9, headdim=32, dtype=LOW_PRECISION, with_dlse=True
     )
     skip_unsupported(case, implementation, device)
-    code = (
-        "import torch\n"
-        "from triflash import testing\n"
-        "from triflash.testing import Case\n"
-        f"case = {case!r}\n"
-        f"for record in testing.check_case(case, {implementation!r}, {str(device)!r}):\n"
-        "    assert record.ok, record\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "TRITON_CACHE_DIR": str(tmp_path),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    in_a_new_process(_first_gradient, case, implementation, device, str(tmp_path))
+
+
+def _first_gradient(case: Case, implementation: str, device: torch.device, cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+    assert_within_budget(case, testing.check_case(case, implementation, device))
 
 
 def test_v2_atomic_starts_from_zero_in_every_call(device):

@@ -142,7 +142,7 @@ def test_nothing_beyond_the_tensors_is_read(
         return run_case(case, Inputs(*around, plain.dlse), implementation)
 
     quiet = surrounded_by(0.0)
-    for fill in (float("nan"), 1e4, float("inf")):
+    for fill in (float("nan"), 1e4, *([float("inf")] if GPU else [])):
         assert_repeated(implementation, case, plain, quiet, surrounded_by(fill))
 
 

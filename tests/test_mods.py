@@ -179,7 +179,7 @@ def test_any_features(implementation, case, device):
     check(case, implementation, device)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @every_row
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("feature", FEATURED)
@@ -414,7 +414,8 @@ def test_deterministic_has_no_atomic_gradients(device):
 
 def test_gradients_of_sinks_are_deterministic(device):
     """Which deterministic=True allows, and a loss of lse alone has one too."""
-    case = Case(seqlen_q=70, nheads=4, nheads_k=2, with_dlse=True, sinks=FLOAT, causal=True)
+    n = 128 if GPU else 66
+    case = Case(2, n - 30, n, nheads=4, nheads_k=2, with_dlse=True, sinks=FLOAT, causal=True)
     inputs = make_inputs(case, device)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.extras["sinks"])]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from helpers import (
     assert_within_budget,
     every_kernel_row,
     every_triton_row,
+    in_a_new_process,
     skip_unsupported,
 )
 
@@ -53,7 +53,7 @@ def far_views(inputs: Inputs, strides: tuple[int, ...], path: Path, device: str)
     return Inputs(*views, inputs.dlse)
 
 
-def far_case(name: str, implementation: str, causal: bool, path: str) -> None:
+def far_case(name: str, implementation: str, causal: bool, path: Path) -> None:
     """Run in a process of its own; raises if anything is wrong."""
     shape, strides = FAR[name]
     batch, seqlen, nheads, headdim = shape
@@ -63,7 +63,7 @@ def far_case(name: str, implementation: str, causal: bool, path: str) -> None:
         headdim=headdim, dtype=torch.float16, causal=causal, with_dlse=True,
     )  # fmt: skip
     inputs = make_inputs(case, device)
-    far = far_views(inputs, strides, Path(path), device)
+    far = far_views(inputs, strides, path, device)
     got = run_case(case, far, implementation)
     assert_within_budget(case, testing.compare(case, inputs, got))
 
@@ -81,20 +81,10 @@ def test_far_strides(implementation, name, device, tmp_path):
         free = os.statvfs(tmp_path)
         if free.f_bavail * free.f_frsize < 2**28:
             pytest.skip("needs 256 MiB of free disk")
-    code = (
-        f"import test_offsets as t; t.far_case({name!r}, {implementation!r}, True, {str(path)!r})"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        )
+        in_a_new_process(far_case, name, implementation, True, path)
     finally:
         path.unlink(missing_ok=True)
-    assert result.returncode == 0, f"ended with {result.returncode}: {result.stderr[-2000:]}"
 
 
 @every_triton_row

@@ -32,7 +32,7 @@ every_row = pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 every_varlen_row = pytest.mark.parametrize(
     "implementation", [row.name for row in registry.IMPLEMENTATIONS if "varlen" in row.features]
 )
-SEQLEN = 700 if GPU else 70
+SEQLEN = 700 if GPU else 40
 LENGTHS = (SEQLEN // 2, 0, SEQLEN, 5)
 CU_SEQLENS = [sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)]
 

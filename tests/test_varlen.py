@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,9 +15,12 @@ from helpers import (
     KERNEL_DTYPES,
     LOW_PRECISION,
     assert_bitwise_equal,
+    captured,
     every_dtype,
     forget_prepared_launches,
+    in_a_new_process,
     repeatable,
+    without_waiting,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -528,15 +530,11 @@ def test_no_call_waits_for_the_gpu(device):
     run(call, inputs, "v2")
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     cu_seqlens, used = int32(call.starts()[0], device), int32(lengths, device)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         out = flash_attn_varlen_func(
             *leaves, cu_seqlens, cu_seqlens, 700, 700, seqused_q=used, seqused_k=used
         )
         out.backward(inputs.dout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -551,60 +549,43 @@ def test_cuda_graph(device):
         out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 338, 338, causal=True)
         return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        both()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both()
+    graph, results = captured(both)
     for starts in ((0, 300, 305, 338), (0, 1, 1, 338), (0, 100, 337, 338)):
         cu_seqlens.copy_(int32(starts, device))
         graph.replay()
-        got = [x.clone() for x in captured]
+        got = [x.clone() for x in results]
         for a, b in zip(got, both(), strict=True):
             assert_bitwise_equal({"": a}, {"": b})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("values", [(0, 9, 8), (0, 5, 7), (1, 5, 8), (0, 5, 2**30)], ids=str)
-def test_wrong_values_on_a_gpu(values):
-    """They are no silent result: the next call that waits for the GPU raises."""
-    code = (
-        "import torch, triflash\n"
-        "q = torch.randn(8, 2, 16, device='cuda', dtype=torch.float16)\n"
-        f"cu = torch.tensor({values}, device='cuda', dtype=torch.int32)\n"
-        "try:\n"
-        "    triflash.flash_attn_varlen_func(q, q, q, cu, cu, 8, 8)\n"
-        "    torch.cuda.synchronize()\n"
-        "except RuntimeError as error: assert 'assert' in str(error), error\n"
-        "else: raise SystemExit('no error')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize(
+    ("values", "replayed"),
+    [*((x, False) for x in ((0, 9, 8), (0, 5, 7), (1, 5, 8), (0, 5, 2**30))), ((0, 9, 8), True)],
+)
+def test_wrong_values_on_a_gpu(values, replayed):
+    """They are no silent result: the next call that waits for the GPU raises. A graph looks at the
+    values of each replay, though the tensor passed before."""
+    in_a_new_process(_wrong_values, values, replayed)  # which can use the GPU no more
 
 
-@pytest.mark.gpu
-def test_wrong_values_in_a_graph():
-    """A graph looks at the values of each replay, though the tensor passed before."""
-    code = (
-        "import torch, triflash\n"
-        "q = torch.randn(8, 2, 16, device='cuda', dtype=torch.float16)\n"
-        "cu = torch.tensor((0, 5, 8), device='cuda', dtype=torch.int32)\n"
-        "def call(): return triflash.flash_attn_varlen_func(q, q, q, cu, cu, 8, 8)\n"
-        "call(); call(); torch.cuda.synchronize()\n"
-        "graph = torch.cuda.CUDAGraph()\n"
-        "with torch.cuda.graph(graph): call()\n"
-        "graph.replay(); torch.cuda.synchronize()\n"
-        "cu.copy_(torch.tensor((0, 9, 8), dtype=torch.int32))\n"
-        "try:\n"
-        "    graph.replay()\n"
-        "    torch.cuda.synchronize()\n"
-        "except RuntimeError as error: assert 'assert' in str(error), error\n"
-        "else: raise SystemExit('no error')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def _wrong_values(values: tuple[int, ...], replayed: bool) -> None:
+    q = torch.randn(8, 2, 16, device="cuda", dtype=torch.float16)
+    cu_seqlens = int32((0, 5, 8) if replayed else values, "cuda")
+
+    def call() -> torch.Tensor:
+        return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 8, 8)
+
+    def finish(work: Callable[[], object]) -> None:
+        work()
+        torch.cuda.synchronize()
+
+    if replayed:
+        graph, _ = captured(call)
+        finish(graph.replay)
+        cu_seqlens.copy_(int32(values, "cuda"))
+    with pytest.raises(RuntimeError, match="assert"):
+        finish(graph.replay if replayed else call)
 
 
 def test_what_is_captured_is_checked_in_every_call(monkeypatch, device):

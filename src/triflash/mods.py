@@ -439,6 +439,16 @@ def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any
     return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
 
 
+def fused_backward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The same for a backward; its entry has one function more.
+
+    `derivative(dscore, modified)` takes what `function` gave, and is linear in dscore.
+    """
+    [entry], mask = fused_forward(features, extras)
+    module = importlib.import_module("triflash.kernels.common.mods")
+    return ((*entry, getattr(module, f"fused_{features.score_mods[0].key}_derivative")),), mask
+
+
 def in_base_2(features: Features) -> bool:
     """Whether the only modification of scores is a user's that has a fused form."""
     keys = [mod.key for mod in features.score_mods]

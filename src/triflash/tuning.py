@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from math import gcd
+from math import ceil, gcd
 
 import torch
 
@@ -80,12 +80,16 @@ class HopperBackwardConfig:
         stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
+        fused: a modification of scores comes in its fused form.
+        fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
+            begins with too much at once.
         fold: the product for dp begins with -delta.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
         programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
             tile.
         kv_stages: tiles of k and v in shared memory.
+        splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
         wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
             nothing.
@@ -100,13 +104,18 @@ class HopperBackwardConfig:
     dout_stages: int
     late_dp: bool = False
     late_dv: bool = False
+    fused: bool = False
+    fenced: bool = True
     fold: bool = True
     lag: bool = False
     backwards: bool = False
     programs: int = 0
     kv_stages: int = 1
+    splits: int = 1
     whole_heads: bool = False
     wide: bool = False
+    split: bool = False
+    ahead: int = 0
     num_warps: int = 4
     num_stages: int = 1
 
@@ -289,7 +298,7 @@ def v3_pays(spec: AttentionSpec, target: Target) -> bool:
 
 
 def v3_fuses(spec: AttentionSpec) -> bool:
-    """Whether v3's forward takes softcap or ALiBi in its fused form.
+    """Whether v3 can take softcap or ALiBi in its fused form, as its forward does.
 
     It must be the only score modification, and the scale so large that no constant overflows.
     Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused. Since
@@ -341,8 +350,8 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
             # Measured at 8192 causal: a softcap that is not bounded 0.71 of plain, one that is
             # 0.78, with four warpgroups 0.80, with 128 keys 0.77.
-            masks = spec.features.mask_mod, spec.features.window_left, spec.features.window_right
-            four = v3_bounded(spec) and v3_fuses(spec) and masks == (None, None, None)
+            hides = spec.features.mask_mod, spec.features.window_left, spec.features.window_right
+            four = v3_bounded(spec) and v3_fuses(spec) and hides == (None, None, None)
             consumers, block_n, most = (4 if four else 3), 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
@@ -401,6 +410,11 @@ def v3_widths(headdim: int) -> tuple[int, ...]:
 
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     """v3's backward, on sm_90 alone. Measured at 512, 1024, 4096 and 16384."""
+    config = _v3_backward(spec, target)
+    return replace(config, splits=_splits(spec, target, config))
+
+
+def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     # With deterministic=True a tile's programs add in the order of their keys. All start at the
     # last queries, one after the other; forwards each would begin where the one before it comes
     # last. Measured at 4096: 295, 380 and 228 against 198, 249 and 164 at d64, d128 and d256.
@@ -409,10 +423,11 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     d = _widest(spec)
     if d <= 64 and spec.features.mods:
         # 128 queries leave registers for them only if dp is not there yet. What a derivative makes
-        # of p is not p: then p must go before.
+        # of p is not p: then p must go before. Measured, as a part of plain's speed: softcap 0.76,
+        # fused 0.80; not fenced, which spills, 0.75.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dp=True, late_dv="softcap" not in uses,
-            fold=False, backwards=backwards,
+            fused="softcap" in uses and v3_fuses(spec), fold=False, backwards=backwards,
         )  # fmt: skip
     plain = not uses and spec.varlen is None
     if d <= 64:
@@ -446,14 +461,22 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
             programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
+    width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
         # Measured, ms at 8192 causal: softcap 2.97, ALiBi 2.60, a mask of documents 2.60 against
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
-        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, backwards=backwards)
+        # At the power limit as parts of plain's speed, in sections both: softcap 0.84, not fenced
+        # 0.87, then fused 0.91; a user's soft sign 0.87, not fenced 0.93, as what a derivative
+        # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
+        keys = tuple(mod.key for mod in spec.features.score_mods)
+        return HopperBackwardConfig(
+            64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
+            fenced=keys in ((), ("alibi",)), backwards=backwards,
+        )  # fmt: skip
     if d <= 128 and plain and _walks_whole_heads(spec, target):
         # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
+            64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
@@ -462,11 +485,12 @@ def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # full 360, 443 and 572 against 361, 443 and 597.
         late = spec.causal and plain
         return HopperBackwardConfig(
-            64, 128, 128, 128, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
         )
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
-    width, width_v = (256 if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
+    wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
+    width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
     return HopperBackwardConfig(
@@ -504,6 +528,28 @@ def _programs(spec: AttentionSpec, target: Target) -> int:
         while gcd(programs, -(-spec.seqlen_k // 128)) > 1:
             programs -= 1
     return programs
+
+
+def _splits(spec: AttentionSpec, target: Target, config: HopperBackwardConfig) -> int:
+    """How many programs of v3's backward share out a group's heads, for each tile of keys.
+
+    One, but where so few tiles leave multiprocessors idle; the longest of a causal mask is twice
+    the mean. Measured at d128 causal, 4096: 16 heads on one of keys 280, with two programs 454,
+    with four 510, plain 519; on four, whose tiles are four for each multiprocessor, 505, with two
+    475, with four 454.
+    """
+    if spec.group_size == 1 or config.whole_heads:
+        return 1
+    seqlen_k = spec.seqlen_k if spec.varlen is None else spec.varlen.rows_k
+    tiles = spec.nheads_k * -(-seqlen_k // config.block_n)
+    if spec.varlen is None:
+        tiles *= spec.batch
+    even = not spec.causal and spec.features.blocks is None and spec.varlen is None
+    for splits in (x for x in range(1, spec.group_size) if spec.group_size % x == 0):
+        rounds = tiles * splits / target.num_sms
+        if rounds >= 0.85 * ceil(rounds) if even else rounds >= 3.5:
+            return splits
+    return spec.group_size
 
 
 def v3_section(spec: AttentionSpec, target: Target, config: HopperBackwardConfig) -> int | None:

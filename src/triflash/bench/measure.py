@@ -243,8 +243,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def release() -> None:
-    """Give memory back after a contestant that had too little."""
-    gc.collect()
+    """Give a GPU's memory back after a contestant that had too little."""
     if torch.cuda.is_available():
+        gc.collect()
         with suppress(RuntimeError):  # of a GPU that is lost, which was said already
             torch.cuda.empty_cache()

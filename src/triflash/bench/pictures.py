@@ -48,6 +48,8 @@ def save_all(records: Sequence[Record], folder: Path) -> list[Path]:
         figure = make(records)
         if figure is None:
             continue
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # which has done its work, and would again for each file
         # Without a date and with fixed ids the same records give the same file.
         with rc_context({"svg.hashsalt": "triflash"}):
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on and TMA demands of bases and strides
+_NUMBERS = (int, type(None))  # what may stand where a tensor may
 _MOST_BOUND = 256  # sets of addresses whose arguments a Launch keeps
 
 
@@ -25,7 +25,8 @@ class Launch:
         kernel: a `@triton.jit` function whose parameters are tensors, scalars, constexprs in order.
         programs: size of the one-dimensional grid.
         config: has `num_warps` and `num_stages`.
-        views: the first tensors reach the kernel as the TMA descriptors that these make of them.
+        views: the first tensors reach the kernel as the TMA descriptors that these make of them,
+            or as None where there is none.
         arrange: makes the kernel's arguments behind those of the other tensors, or of what stands
             for them: their addresses.
     """
@@ -37,7 +38,7 @@ class Launch:
         scalars: tuple[float | None, ...],
         constexprs: tuple[Any, ...],
         config: Any,
-        views: tuple[Callable[[Any], Any], ...] = (),
+        views: tuple[Callable[[Any], Any] | None, ...] = (),
         arrange: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.kernel = kernel
@@ -62,7 +63,7 @@ class Launch:
         grid = self.grid if programs is None else (programs, 1, 1)
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
-            addresses = tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in tensors])
+            addresses = tuple([x if type(x) in _NUMBERS else x.data_ptr() for x in tensors])
             arguments = self._bound.get(addresses) or self._bind(addresses, tensors)
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())
@@ -78,13 +79,13 @@ class Launch:
         if compiled is not None:  # None from the interpreter
             self._run = compiled
             # v2's modifications and descriptors come made, which addresses cannot stand for.
-            if all(x is None or isinstance(x, (Tensor, int)) for x in tensors):
+            if all(type(x) in _NUMBERS or hasattr(x, "data_ptr") for x in tensors):
                 self._launcher = _launcher_of(compiled)
 
     def arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
         """What the kernel is called with for these tensors."""
         count = len(self.views)
-        described = [view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
+        described = [view and view(x) for view, x in zip(self.views, tensors[:count], strict=True)]
         return [*described, *self.arrange(*tensors[count:]), *self._values]
 
     def _bind(self, addresses: tuple[int, ...], tensors: tuple[Any, ...]) -> list[Any]:
@@ -95,10 +96,9 @@ class Launch:
         assert self._launcher is not None
         bound: list[Any] = []
         count = len(self.views)
-        for view, x, metadata in zip(
-            self.views, tensors[:count], self._launcher.descriptors, strict=True
-        ):
-            bound.extend(self._launcher.encode(view(x), metadata))
+        metadata = iter(self._launcher.descriptors)
+        for view, x in zip(self.views, tensors[:count], strict=True):
+            bound.extend(self._launcher.encode(view(x), next(metadata)) if view else (None,))
         bound.extend((*self.arrange(*addresses[count:]), *self._values))
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()

@@ -5,7 +5,8 @@ keys each, and dk and dv of these in registers; a warp loads q, dout, lse and de
 a warp adds dq to float32 sums in memory by TMA. Scores and dp are computed transposed, so that p
 and ds leave their products in the registers where dv = p^T dout and dk = ds^T q want them; only
 dq = ds k, whose sum runs over the keys of both warpgroups, takes ds through shared memory.
-Head dimensions above 128 have a schedule of their own, in backward_wide.py.
+Head dimensions above 128 have a schedule of their own, in backward_wide.py. 96 and 192 columns lie
+in two parts, 64 + 32 and 128 + 64, as tiles are powers of two: a product of theirs is two.
 
 A kernel before it makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums;
 one behind it rounds them to dq. The sums of a tile lie as the threads hold them, see `pack`.
@@ -15,12 +16,16 @@ several tiles of keys: it loads the next while it ends one. If these are all til
 order of its keys, then the first stores its dq instead of adding it, the last adds the sums to it
 and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
 
+Where tiles of keys are few and heads share them (tuning), `splits` programs share out a group's
+heads. Each stores its part of dk and dv, in their dtype, and the parts are summed in float32.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
-sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 or 128; and 2 numbers
-a row. Whole heads: sums for the heads that are in flight. With deterministic=True programs add to a
-tile of dq in the order of their keys.
+sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
+64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
+deterministic=True programs add to a tile of dq in the order of their keys.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -35,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triflash import mods, tuning
 from triflash.kernels.common.launch import (
@@ -56,10 +62,14 @@ from triflash.kernels.v3.backward_shared import (
     PART_ROWS,
     UNSPECIALIZED,
     Schedule,
+    add_products,
     adder,
     after_kernel,
     before_kernel,
+    buffer_of,
+    columns_of,
     edges,
+    finished,
     head_of,
     last_visit,
     listed,
@@ -67,15 +77,29 @@ from triflash.kernels.v3.backward_shared import (
     masked,
     modified,
     next_block,
+    operands,
     pack,
     positions,
     producer,
+    products,
     rounded,
     tiles_of_program,
     unpack,
+    width_of,
+    zeros,
 )
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
-from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
+from triflash.kernels.v3.tma import (
+    barriers,
+    flat_view,
+    meet,
+    parts,
+    ragged_view,
+    rings,
+    tile,
+    tiles_of,
+    view,
+)
 from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
@@ -94,22 +118,26 @@ def part_of_ds(ds_smem, slot, PART_ROW: gl.constexpr):
 
 @gluon.jit
 def part_of_k(k_smem, w, PART_COLUMN: gl.constexpr):
-    """k [KEYS, PART] of one warpgroup's keys and the columns of a part."""
-    k = tile(k_smem, w)
-    if k.shape[1] > PART:
-        k = k.slice(PART_COLUMN * PART, PART, dim=1)
+    """k [KEYS, PART] of one warpgroup's keys and the columns of a part, or half as wide."""
+    if len(k_smem) == 2:
+        k = tile(k_smem[PART_COLUMN], w)
+    else:
+        k = tile(k_smem[0], w)
+        if k.shape[1] > PART:
+            k = k.slice(PART_COLUMN * PART, PART, dim=1)
     return k
 
 
 @gluon.jit
-def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr):
+def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr, C: gl.constexpr):
     """Part W of dq, as an asynchronous product."""
-    BLOCK_D: gl.constexpr = k_smem.shape[-1]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    dq = gl.zeros([PART, PART], gl.float32, LAYOUT)
+    COLUMNS: gl.constexpr = columns_of(C)
+    WIDTH: gl.constexpr = width_of(C, W)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    dq = gl.zeros([PART, WIDTH], gl.float32, LAYOUT)
     for w in gl.static_range(CONSUMERS):
-        dq = warpgroup_mma(part_of_ds(ds_smem, slot + w, W // (BLOCK_D // PART)),
-                           part_of_k(k_smem, kv + w, W % (BLOCK_D // PART)), dq,
+        dq = warpgroup_mma(part_of_ds(ds_smem, slot + w, W // COLUMNS),
+                           part_of_k(k_smem, kv + w, W % COLUMNS), dq,
                            use_acc=w > 0, is_async=True)  # fmt: skip
     return dq
 
@@ -118,7 +146,7 @@ def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr):
 def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
     """Part W of dq to the warp that adds it."""
     mbarrier.wait(dq_empty.index(W), i & 1)
-    dq_smem.index(W).store(pack(dq))
+    buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
@@ -126,12 +154,14 @@ def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
 @gluon.jit
 def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
     """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
+    HALF: gl.constexpr = dq.shape[1] < PART
     mbarrier.wait(dq_empty.index(W), i & 1)
+    buffer = buffer_of(dq_smem, W, dq.shape[1])
     dq = pack(dq)
     if begun:
-        dq += dq_smem.index(W).load(dq.type.layout)
-    dq = unpack((dq * softmax_scale).to(dQ.dtype))
-    rounded(dq_smem, W, dQ).store(gl.reshape(dq, dQ.block_type.shape))
+        dq += buffer.load(dq.type.layout)
+    dq = unpack((dq * softmax_scale).to(dQ[HALF].dtype))
+    rounded(dq_smem, W, dQ[HALF]).store(gl.reshape(dq, dQ[HALF].block_type.shape))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
@@ -173,9 +203,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     group_size = sizes[2]
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     MODIFIED: gl.constexpr = ScoreMods is not None or MaskMod is not None
-    BLOCK_D: gl.constexpr = k_smem.shape[-1]
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, LAYOUT_S)
     tile_n, batch, head_k, start, full, blocks, places = locate(
         pid, sizes, window_left, window_right, BlockLists, C
@@ -206,10 +234,10 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             k_idx += step * BLOCK_M
     kv = before % C.kv_stages * CONSUMERS
     phase_kv = before // C.kv_stages & 1
-    k = tile(k_smem, kv + W)
-    v = tile(v_smem, kv + W)
-    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
-    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
+    k = tiles_of(k_smem, kv + W)
+    v = tiles_of(v_smem, kv + W)
+    dk = zeros(k_smem)
+    dv = zeros(v_smem)
 
     late = before if C.lag and C.persistent else 0  # blocks of ds that were none of a step
     if C.lag:  # the first step takes this for the step before it
@@ -217,7 +245,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         if C.persistent:
             mbarrier.wait(ds_empty.index(i % DS_STAGES), i // DS_STAGES & 1 ^ 1)
         ds_smem.index(i % DS_STAGES * CONSUMERS + W).store(
-            gl.zeros([KEYS, BLOCK_M], k_smem.dtype, LAYOUT_S)
+            gl.zeros([KEYS, BLOCK_M], ds_smem.dtype, LAYOUT_S)
         )
         fence_async_shared()
         mbarrier.arrive(ds_full.index(i % DS_STAGES), count=1)
@@ -234,36 +262,36 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = at % STAGES
         phase = at // STAGES & 1
-        q = tile(q_smem, slot)
-        dout = tile(do_smem, slot)
+        q = tiles_of(q_smem, slot)
+        dout = tiles_of(do_smem, slot)
         stats = stats_smem.index(slot).reshape([2 * BLOCK_M])
         mbarrier.wait(q_full.index(slot), phase)
-        zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
+        nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, LAYOUT_S)
         if C.late_dp:
-            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dp_t = zeros
+            s_t = products(k, q, nothing, False)
+            dp_t = nothing
         elif C.fold:
             # Both before the first product: else the copies of -delta sink between the products.
             mbarrier.wait(do_full.index(slot), phase)
             # Then -delta takes no registers of its own; but ptxas lets one warpgroup wait for s.
             dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, is_async=True)
+            s_t = products(k, q, nothing, False)
+            dp_t = products(v, dout, dp_t, True)
         else:
-            s_t = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s_t = products(k, q, nothing, False)
             mbarrier.wait(do_full.index(slot), phase)
-            dp_t = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp_t = products(v, dout, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
+        s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
         if MODIFIED:
-            p_16, ds_t = s_t.to(q.dtype), s_t
-            if always:  # over a branch ptxas moves nothing; else it begins with too much at once
+            p_16, ds_t = s_t.to(ds_smem.dtype), s_t
+            if not C.fenced or always:  # over a branch ptxas moves nothing
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
                     partial, window_left, window_right, ScoreMods, MaskMod, True, C,
                 )  # fmt: skip
-                p_16 = p_t.to(q.dtype)
+                p_16 = p_t.to(ds_smem.dtype)
             p_t = ds_t
         else:
             p_t = gl.exp2(s_t * scale_log2 - lse[None, :])
@@ -273,18 +301,18 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                     seen = visible(q_idx, k_idx, keys if WINDOW else 0, keys, C.causal, True,
                                    window_left, window_right)  # fmt: skip
                     p_t = gl.where(seen, p_t, 0.0)
-            p_16 = p_t.to(q.dtype)
-        p_16 = gl.convert_layout(p_16, gl.DotOperandLayout(0, LAYOUT_D, 2))
+            p_16 = p_t.to(ds_smem.dtype)
+        p_16 = operands(p_16, dv)
         if C.late_dp:
             mbarrier.wait(do_full.index(slot), phase)
             if C.fold:
                 dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
-            dp_t = warpgroup_mma(v, dout.permute((1, 0)), dp_t, use_acc=C.fold, is_async=True)
+            dp_t = products(v, dout, dp_t, C.fold)
         if C.late_dv:
             dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
-            dv = warpgroup_mma(p_16, dout, dv, is_async=True)
-            dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
+            dv = add_products(p_16, dout, dv)
+            dp_t = warpgroup_mma_wait(len(dv), deps=(dp_t,))
         if not C.fold:
             dp_t += stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)[None, :]
         ds_t = p_t * dp_t
@@ -293,10 +321,10 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             q_pos = positions(start_m + zero, BLOCK_M, QUERIES)[None, :]
             ds_t = derive(ds_t, s_t * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                           ScoreMods, True, C.inside)  # fmt: skip
-        ds_t = ds_t.to(q.dtype)
+        ds_t = ds_t.to(ds_smem.dtype)
         if C.late_dv:
-            dv = warpgroup_mma(p_16, dout, dv, is_async=True)
-        ds_16 = gl.convert_layout(ds_t, gl.DotOperandLayout(0, LAYOUT_D, 2))
+            dv = add_products(p_16, dout, dv)
+        ds_16 = operands(ds_t, dk)
         if C.lag:
             # To be read in the next step; here goes what the other warpgroup, too, has long stored.
             j = i + 1
@@ -309,9 +337,14 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             ds_smem.index(i % DS_STAGES * CONSUMERS + W).store(ds_t)
             fence_async_shared()
             meet(256)
-        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W)
-        dk = warpgroup_mma(ds_16, q, dk, is_async=True)  # hides storing dq
-        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
+        dk = add_products(ds_16, q, dk)  # hides storing dq
+        if len(dv) == 1:
+            first, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dq))
+            dv = (first,)
+        else:
+            first, second, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dv[1], dq))
+            dv = (first, second)
         mbarrier.arrive(do_empty.index(slot), count=1)
         if C.lag:
             mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
@@ -322,7 +355,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
+        dk = finished(dk)
         mbarrier.arrive(q_empty.index(slot), count=1)
         m = next_block(m, blocks, C)
 
@@ -330,37 +363,41 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     if C.lag:
         i = step + late
         mbarrier.wait(ds_full.index(i % DS_STAGES), i // DS_STAGES & 1)
-        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W)
+        dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         if C.persistent:
             mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
         hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
 
     # dv and dk leave through the memory of v and k.
-    v.store(dv.to(v.dtype))
+    for part in gl.static_range(len(v)):
+        v[part].store(dv[part].to(v[part].dtype))
     meet(256)  # both have read all of k
-    k.store((dk * softmax_scale).to(k.dtype))
+    for part in gl.static_range(len(k)):
+        k[part].store((dk[part] * softmax_scale).to(k[part].dtype))
     fence_async_shared()
     mbarrier.arrive(done.index(before % C.kv_stages), count=1)
     return step
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
-                    window_left, window_right, tiles, section, C: gl.constexpr):  # fmt: skip
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, Sums1, dQ1, dK1, dV1,
+                    Turn, Blocks, ScoreMods, MaskMod, BlockLists, softmax_scale, nheads, nheads_k,
+                    group_size, seqlen_q, seqlen_k, window_left, window_right, tiles, section,
+                    C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
+    Q1 and the others with a 1 are for the columns behind those of Q, where there are two parts.
     Blocks is the list of blocks of keys of packed sequences, whose number is that of the tiles of
     queries a head in Stats and Sums, else None.
     """
     if C.packed:
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
-    k_smem = buffers(K, C.kv_stages * CONSUMERS)
-    v_smem = buffers(V, C.kv_stages * CONSUMERS)
-    q_smem = buffers(Q, C.stages)
-    do_smem = buffers(dOut, C.stages)
+    k_smem = rings(parts(K, K1), C.kv_stages * CONSUMERS)
+    v_smem = rings(parts(V, V1), C.kv_stages * CONSUMERS)
+    q_smem = rings(parts(Q, Q1), C.stages)
+    do_smem = rings(parts(dOut, dOut1), C.stages)
     stats_smem = gl.allocate_shared_memory(gl.float32, [C.stages, 1, 2 * C.block_m], Stats.layout)
     ds_smem = gl.allocate_shared_memory(
         Q.dtype, [DS_STAGES * CONSUMERS, KEYS, C.block_m],
@@ -388,14 +425,14 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
-            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 0, C)),
-            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
-                        BlockLists, C)),
-            (adder, (shared, k_smem, v_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
-                     window_right, BlockLists, C)),
+            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right,
+                        ScoreMods, MaskMod, BlockLists, 0, C)),
+            (consumer, (shared, parts(dQ, dQ1), softmax_scale, sizes, window_left, window_right,
+                        ScoreMods, MaskMod, BlockLists, 1, C)),
+            (producer, (shared, parts(Q, Q1), parts(K, K1), parts(V, V1), parts(dOut, dOut1),
+                        Stats, sizes, window_left, window_right, BlockLists, C)),
+            (adder, (shared, k_smem, v_smem, parts(Sums, Sums1), parts(dQ, dQ1), parts(dK, dK1),
+                     parts(dV, dV1), Turn, sizes, window_left, window_right, BlockLists, C)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -443,7 +480,7 @@ def backward(
         tiles_m = most_blocks(q.shape[0], spec.batch, plan.block_m)
         most = most_blocks(k.shape[0], spec.batch, plan.block_n)
         blocks = list_blocks(plan.list_keys, q, k, sequences, most, tiles_m)
-        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
+        tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k * plan.splits
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
     turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
@@ -453,17 +490,26 @@ def backward(
     inputs = (out, dout, lse, dlse)
     plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
-        arguments = (q, k, v, dout, stats, sums, dq, dk, dv, turn, blocks)
-        plan.backward(*arguments, *extras, *aux_sums.values(), programs=programs)
+        written = _parts(k, v, plan.splits) if plan.splits > 1 else (dk, dv)
+        described = (q, k, v, dout, stats, sums, dq, *written, q, k, v, dout, sums, dq, *written)
+        plan.backward(*described, turn, blocks, *extras, *aux_sums.values(), programs=programs)
     if plan.after is not None:
-        parts = plan.size_of_sums // PART.value**2
-        plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
+        plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * plan.parts)
+    if plan.splits > 1:
+        for whole, part in zip((dk, dv), written, strict=True):
+            torch.sum(part.unflatten(-2, (-1, plan.splits)), -2, out=whole)
     if not features.with_grad:
         return dq, dk, dv
     delta = None
     if "sinks" in features.with_grad:  # which alone need it
         delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
     return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
+
+
+def _parts(k: torch.Tensor, v: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for parts of dk and dv, as if there were so many times the heads."""
+    part_k, part_v = (x.new_empty(*x.shape[:-2], x.shape[-2] * splits, x.shape[-1]) for x in (k, v))
+    return part_k, part_v
 
 
 def _rows_of(
@@ -485,12 +531,20 @@ def _rows_of(
 
 
 def _arguments(
-    features: Features, names_of_sums: tuple[str, ...], turn: Any, blocks: Any, *tensors: Any
+    features: Features,
+    names_of_sums: tuple[str, ...],
+    fused: bool,
+    turn: Any,
+    blocks: Any,
+    *tensors: Any,
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
-    named = dict(zip(names_of_sums, aux_sums, strict=True))
-    modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    if fused:
+        modifications = mods.fused_backward(features, extras)
+    else:
+        named = dict(zip(names_of_sums, aux_sums, strict=True))
+        modifications = mods.backward_arguments(features, extras, named, approximate=True)
     return turn, blocks, *modifications, mods.query_lists(features, extras)
 
 
@@ -505,8 +559,10 @@ class Plan:
     tiles: int  # of queries of all heads, if not packed
     tiles_of_sums: int | None  # of the programs, if they have their own
     size_of_sums: int  # of a tile
+    parts: int  # of these, one a program of `after`
     block_m: int
     block_n: int
+    splits: int
 
 
 @lru_cache(maxsize=4096)
@@ -529,7 +585,8 @@ def _prepare(
 ) -> Plan:
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
-    width, width_v = config.width, config.width_v
+    widths, widths_v = tuning.v3_widths(config.width), tuning.v3_widths(config.width_v)
+    widths_dq = (PART.value, PART.value // 2)[: 1 + (config.width % PART.value > 0 or config.split)]
     size_q, size_k = mods.block_sizes(spec.features)
     rows = size_q or block_m
     packed = spec.varlen is not None
@@ -543,6 +600,12 @@ def _prepare(
     shape_q, shape_o = (*of_queries, spec.headdim), (*of_queries, spec.headdim_v)
     stride_o = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim_v)
     shape_k, shape_v = (*of_keys, spec.headdim), (*of_keys, spec.headdim_v)
+    nheads_k = spec.nheads_k * config.splits
+    shape_dk, shape_dv = ((*x[:-2], nheads_k, x[-1]) for x in (shape_k, shape_v))
+    if config.splits > 1:
+        entry = 1 if packed else spec.seqlen_k
+        stride_dk = strides_of(entry, nheads_k, spec.headdim)[packed:]
+        stride_dv = strides_of(entry, nheads_k, spec.headdim_v)[packed:]
     contiguous_dq = strides_of(1 if packed else spec.seqlen_q, spec.nheads, spec.headdim)
     lies_dq = stride_dq or contiguous_dq[packed:]
     describe = ragged_view if packed else view
@@ -550,28 +613,39 @@ def _prepare(
     # Only modifications ask, so that nothing else is compiled anew.
     inside = bool(spec.features.mods) and not packed
     inside = inside and spec.seqlen_q % rows == spec.seqlen_k % block_n == 0
-    size_of_sums = block_m * width
-    tiles_k = -(-spec.seqlen_k // block_n) * spec.nheads_k * spec.batch
+    size_of_sums = block_m * config.width
+    tiles_k = -(-spec.seqlen_k // block_n) * nheads_k * spec.batch
     programs = min(config.programs or tiles_k, tiles_k)
     tiles_of_sums = None
     if config.whole_heads:
         programs = -(-spec.nheads_k * spec.batch // -(-spec.nheads_k * spec.batch // programs))
         tiles_of_sums = programs * spec.group_size * -(-spec.seqlen_q // block_m)
-    views = (
-        describe(shape_q, stride_q, block_m, width, spec.dtype),
-        describe(shape_k, stride_k, keys, width, spec.dtype),
-        describe(shape_v, stride_v, keys, width_v, spec.dtype),
-        describe(shape_o, stride_dout, block_m, width_v, spec.dtype),
-        flat_view(tiles, 2 * block_m, 1),
-        flat_view(
-            (tiles_of_sums or tiles) * size_of_sums // PART_COLUMNS.value,
-            PART_COLUMNS.value,
-            PART_ROWS.value,
-        ),
-        describe(shape_q, lies_dq, PART.value, PART.value, spec.dtype),
-        describe(shape_k, stride_dk, keys, width, spec.dtype),
-        describe(shape_v, stride_dv, keys, width_v, spec.dtype),
-    )
+    rows_of_sums = (tiles_of_sums or tiles) * size_of_sums // PART_COLUMNS.value
+
+    def views_of(part: int) -> list[Callable[[torch.Tensor], TensorDescriptor] | None]:
+        """Those of a part of columns, where there is one."""
+
+        def columns(
+            shape: tuple[int, ...], stride: tuple[int, ...], rows: int, widths: tuple[int, ...]
+        ) -> Callable[[torch.Tensor], TensorDescriptor] | None:
+            if part == len(widths):
+                return None
+            return describe(shape, stride, rows, widths[part], spec.dtype)
+
+        of_sums = flat_view(rows_of_sums, PART_COLUMNS.value, PART_ROWS.value >> part)
+        return [
+            columns(shape_q, stride_q, block_m, widths),
+            columns(shape_k, stride_k, keys, widths),
+            columns(shape_v, stride_v, keys, widths_v),
+            columns(shape_o, stride_dout, block_m, widths_v),
+            of_sums if part < len(widths_dq) else None,
+            columns(shape_q, lies_dq, PART.value, widths_dq),
+            columns(shape_dk, stride_dk, keys, widths),
+            columns(shape_dv, stride_dv, keys, widths_v),
+        ]
+
+    views, more_views = views_of(0), views_of(1)
+    views.insert(4, flat_view(tiles, 2 * block_m, 1))
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -580,8 +654,8 @@ def _prepare(
         (
             spec.headdim_v,
             block_m,
-            width,
-            width_v,
+            config.width,
+            tuning.block_d(config.width_v),
             aligned_dlse is not False,
             rows,
             not config.whole_heads,
@@ -591,23 +665,29 @@ def _prepare(
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,
         programs,
-        (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
+        (spec.softmax_scale, spec.nheads, nheads_k, spec.nheads // nheads_k, spec.seqlen_q,
          spec.seqlen_k, spec.features.window_left, spec.features.window_right,
          tiles_k, tuning.v3_section(spec, target, config)),
         (
             Schedule(
                 block_m=block_m,
                 block_n=block_n,
+                width=config.width,
+                width_v=config.width_v,
+                split=config.split,
+                ahead=config.ahead,
                 stages=config.stages,
                 dout_stages=config.dout_stages,
                 late_dp=config.late_dp,
                 late_dv=config.late_dv,
+                fused=config.fused,
+                fenced=config.fenced,
                 fold=config.fold,
                 lag=config.lag,
                 backwards=config.backwards,
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
-                gqa=spec.group_size > 1,
+                gqa=spec.nheads > nheads_k,
                 deterministic=spec.deterministic and not config.whole_heads,
                 packed=packed,
                 inside=inside,
@@ -618,21 +698,23 @@ def _prepare(
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
                 kv_stages=config.kv_stages,
+                splits=config.splits,
             ),
         ),
         config,
-        views,
-        partial(_arguments, spec.features, names_of_sums),
+        (*views, *more_views),
+        partial(_arguments, spec.features, names_of_sums, config.fused),
     )  # fmt: skip
+    parts_of_sums = size_of_sums // (PART.value * (64 if config.width % 64 == 0 else 32))
     after = Launch(
         after_kernel,
-        tiles * size_of_sums // PART.value**2,
+        tiles * parts_of_sums,
         (spec.softmax_scale, *(entry_strides(stride_dq) if stride_dq else (None,) * 3),
          spec.nheads, spec.seqlen_q, sequences),
-        (spec.headdim, block_m, width, rows),
+        (spec.headdim, block_m, config.width, rows),
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
     finish = None if config.whole_heads else after
-    return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums, block_m,
-                block_n)  # fmt: skip
+    return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums,
+                parts_of_sums, block_m, block_n, config.splits)  # fmt: skip

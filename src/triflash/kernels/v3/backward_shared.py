@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
 from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
@@ -23,10 +28,12 @@ from triflash.kernels.v3.packed import place_at, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
     async_store,
+    expect,
     fence_async_global,
-    load,
+    load_parts,
     reduce_add,
     store,
+    store_parts,
     wait_for_reductions,
 )
 
@@ -37,10 +44,16 @@ class Schedule:
 
     block_m: int
     block_n: int
+    width: int
+    width_v: int
+    split: bool
+    ahead: int
     stages: int
     dout_stages: int
     late_dp: bool
     late_dv: bool
+    fused: bool
+    fenced: bool
     fold: bool
     lag: bool
     backwards: bool
@@ -57,11 +70,12 @@ class Schedule:
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
     kv_stages: int
+    splits: int  # of nheads_k that the kernel is told, so many have the same keys
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
-PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
-PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
+PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART], or half as wide
+PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA, or half as many
 PART_COLUMNS = gl.constexpr(128)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
 
@@ -81,7 +95,8 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
                   ROWS: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
 
-    A head has tiles up to a multiple of ROWS. Sums are left alone if not ZERO.
+    A head has tiles up to a multiple of ROWS. Sums are left alone if not ZERO. BLOCK_DV is a power
+    of two, BLOCK_D that or 3/2 of one.
     """
     pid = tl.program_id(0)
     if CuSeqlensQ is None:
@@ -117,7 +132,12 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
     tl.store(stats + BLOCK_M, -delta)
     if ZERO:
         sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
-        tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+        REST: tl.constexpr = BLOCK_D % 64 if BLOCK_D < 128 else BLOCK_D % 128
+        SIZE: tl.constexpr = BLOCK_M * (BLOCK_D - REST)
+        tl.store(sums + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
+        if REST > 0:
+            rest = tl.arange(0, BLOCK_M * REST)
+            tl.store(sums + SIZE + rest, tl.zeros([BLOCK_M * REST], tl.float32))
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
@@ -126,7 +146,8 @@ def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, strid
                  nheads, seqlen_q, sequences, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """One part of the sums to dq `(batch, seqlen_q, nheads, headdim)`; no strides: contiguous."""
-    PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
+    WIDTH: tl.constexpr = 64 if BLOCK_D % 64 == 0 else 32
+    PARTS: tl.constexpr = BLOCK_M // 64 * (BLOCK_D // WIDTH)
     pid = tl.program_id(0)
     part = pid % PARTS
     if stride_dqs is None:
@@ -150,11 +171,11 @@ def after_kernel(Sums, dQ, CuSeqlensQ, total_q, softmax_scale, stride_dqb, strid
         entry = batch.to(tl.int64) * stride_dqs
         if start_m >= seqlen_q:
             return
-    offs_m = start_m + part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
-    offs_d = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
-    packed = tl.load(Sums + pid.to(tl.int64) * 4096 + tl.arange(0, 4096))
-    packed = tl.reshape(packed, [8, 4, 8, 4, 2, 2])  # as pack left it
-    dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, 64]) * softmax_scale
+    offs_m = start_m + part // (BLOCK_D // WIDTH) * 64 + tl.arange(0, 64)
+    offs_d = part % (BLOCK_D // WIDTH) * WIDTH + tl.arange(0, WIDTH)
+    packed = tl.load(Sums + pid.to(tl.int64) * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
+    packed = tl.reshape(packed, [WIDTH // 8, 4, 8, 4, 2, 2])  # as pack left it
+    dq = tl.reshape(tl.permute(packed, (1, 4, 2, 0, 3, 5)), [64, WIDTH]) * softmax_scale
     dQ += entry + head * stride_dqh
     rows = offs_m.to(tl.int64)[:, None] * stride_dqs
     inside = (offs_m < seqlen_q)[:, None] & (offs_d < HEADDIM)[None, :]
@@ -166,24 +187,138 @@ def pack(part):
     """[PART, PART] in wgmma's layout as [PART_ROWS, PART_COLUMNS], without moving a number.
 
     A thread has rows r and r + 8 and columns c, c + 1 of every 8 columns: these four lie together,
-    so that it stores 16 bytes at a time and a warp 512 in a row.
+    so that it stores 16 bytes at a time and a warp 512 in a row. 8 columns lie behind the 8 before
+    them, so the halves of a part are parts of [PART, PART / 2].
     """
-    part = gl.reshape(part, [4, 2, 8, 8, 4, 2])  # warp, half, r, 8 columns, c, 2
+    EIGHTS: gl.constexpr = part.shape[1] // 8
+    part = gl.reshape(part, [4, 2, 8, EIGHTS, 4, 2])  # warp, half, r, 8 columns, c, 2
     part = gl.permute(part, [3, 0, 2, 4, 1, 5])
-    return gl.reshape(part, [PART_ROWS, PART_COLUMNS])
+    return gl.reshape(part, [EIGHTS * 4, PART_COLUMNS])
 
 
 @gluon.jit
 def unpack(sums):
     """What pack was given, again without moving a number."""
-    sums = gl.reshape(sums, [8, 4, 8, 4, 2, 2])
-    return gl.reshape(gl.permute(sums, [1, 4, 2, 0, 3, 5]), [PART, PART])
+    EIGHTS: gl.constexpr = sums.shape[0] // 4
+    sums = gl.reshape(sums, [EIGHTS, 4, 8, 4, 2, 2])
+    return gl.reshape(gl.permute(sums, [1, 4, 2, 0, 3, 5]), [PART, EIGHTS * 8])
+
+
+@gluon.jit
+def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
+    """Buffer w of parts for one of [PART, WIDTH]."""
+    buffer = dq_smem.index(w)
+    if WIDTH < PART:
+        SHAPE: gl.constexpr = [WIDTH * PART // PART_COLUMNS, PART_COLUMNS]
+        buffer = buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+    return buffer
+
+
+@gluon.constexpr_function
+def widths_of(C):
+    """The parts of columns that dq is made in, in turn by either warpgroup."""
+    widths = [PART.value] * (C.width // PART.value)
+    if C.split and len(widths) % 2:
+        return widths[:-1] + [PART.value // 2] * 2
+    return widths + [PART.value // 2] * (C.width % PART.value > 0)
+
+
+@gluon.constexpr_function
+def columns_of(C):
+    """How many parts of columns there are."""
+    return len(widths_of(C))
+
+
+@gluon.constexpr_function
+def width_of(C, part):
+    return widths_of(C)[part % len(widths_of(C))]
+
+
+@gluon.constexpr_function
+def column_of(C, part):
+    """The first column of a part."""
+    return sum(widths_of(C)[: part % len(widths_of(C))])
+
+
+@gluon.constexpr_function
+def units_before(C, begin, end):
+    """How much of a tile's sums parts [begin, end) are, in units of the narrowest part."""
+    widths = widths_of(C) * (C.block_m // PART.value)
+    return sum(widths[begin:end]) // widths[-1]
+
+
+@gluon.constexpr_function
+def rows_of_unit(C):
+    """Rows of PART_COLUMNS of the narrowest part."""
+    return widths_of(C)[-1] * PART.value // PART_COLUMNS.value
 
 
 @gluon.jit
 def rounded(dq_smem, w, dQ):
     """Buffer w of parts as one of dq in its dtype."""
     return dq_smem.index(w)._reinterpret(dQ.dtype, dQ.block_type.shape, dQ.layout)
+
+
+@gluon.jit
+def zeros(ring):
+    """Accumulators of dk or dv, one for each part of columns."""
+    if len(ring) == 1:
+        result = (accumulator(ring[0].shape[-1]),)
+    else:
+        result = (accumulator(ring[0].shape[-1]), accumulator(ring[1].shape[-1]))
+    return result
+
+
+@gluon.jit
+def accumulator(WIDTH: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(WIDTH, 128), 16])
+    return gl.zeros([KEYS, WIDTH], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def products(a, b, acc, USE_ACC: gl.constexpr):
+    """a b^T over all parts of columns, begun; on top of acc if USE_ACC."""
+    acc = warpgroup_mma(a[0], b[0].permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+    if len(a) == 2:
+        acc = warpgroup_mma(a[1], b[1].permute((1, 0)), acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def add_products(x, b, acc):
+    """acc + x b for each part of columns, begun; x is of `operands`."""
+    first = warpgroup_mma(x[0], b[0], acc[0], is_async=True)
+    if len(acc) == 1:
+        result = (first,)
+    else:
+        result = (first, warpgroup_mma(x[1], b[1], acc[1], is_async=True))
+    return result
+
+
+@gluon.jit
+def finished(acc, BEHIND: gl.constexpr = 0):
+    """acc, waited for; BEHIND products that were begun later may go on."""
+    if len(acc) == 1:
+        result = (warpgroup_mma_wait(BEHIND, deps=acc),)
+    else:
+        result = warpgroup_mma_wait(BEHIND, deps=acc)
+    return result
+
+
+@gluon.jit
+def operands(x, acc):
+    """x as the left operand of the products that add to acc, which it is already."""
+    if len(acc) == 1:
+        result = (operand(x, acc[0]),)
+    else:
+        result = (operand(x, acc[0]), operand(x, acc[1]))
+    return result
+
+
+@gluon.jit
+def operand(x, acc):
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return gl.convert_layout(x, LAYOUT)
 
 
 @gluon.jit
@@ -386,7 +521,11 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
     with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
     causal, window and the end of keys checked, and with lists of blocks MaskMod.
     """
-    if ScoreMods is not None:
+    if C.fused:
+        factor, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+        s = ScoreMods[0][0](s, q_pos, k_pos, seqlen_q, seqlen_k, constant)
+        p = gl.exp2(s * (factor * LOG2_E) - lse)
+    elif ScoreMods is not None:
         score = s * softmax_scale
         s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
         p = gl.exp2(s * LOG2_E - lse)
@@ -402,7 +541,9 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
             seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
             p = gl.where(seen, p, 0.0)
     derived = p
-    if ScoreMods is not None and not C.scatter:
+    if C.fused:
+        derived = ScoreMods[0][3](p, s)
+    elif ScoreMods is not None and not C.scatter:
         derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
                          C.inside)  # fmt: skip
     return p, derived
@@ -441,10 +582,10 @@ def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Bloc
     for w in gl.static_range(TILES):
         row = tile_n * C.block_n + w * KEYS
         at = kv * TILES + w
-        mbarrier.expect(k_full.index(at), K.block_type.nbytes)
-        load(K, entry_k, head_k, row, seqlen_k, k_full.index(at), k_smem.index(at))
-        mbarrier.expect(v_full.index(at), V.block_type.nbytes)
-        load(V, entry_k, head_k, row, seqlen_k, v_full.index(at), v_smem.index(at))
+        expect(k_full.index(at), K)
+        load_parts(K, entry_k, head_k // C.splits, row, seqlen_k, k_full.index(at), k_smem, at)
+        expect(v_full.index(at), V)
+        load_parts(V, entry_k, head_k // C.splits, row, seqlen_k, v_full.index(at), v_smem, at)
     for i in range(group_size * blocks):
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
@@ -452,14 +593,14 @@ def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Bloc
             start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
         slot = (step + i) % C.stages
         mbarrier.wait(q_empty.index(slot), (step + i) // C.stages & 1 ^ 1)
-        mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
-        load(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem.index(slot))
+        expect(q_full.index(slot), Q, Stats.block_type.nbytes)
+        load_parts(Q, entry_q, head, start_m, seqlen_q, q_full.index(slot), q_smem, slot)
         row = row_of(head, start_m, first, tiles_m, C)
         async_load(Stats, [row, 0], q_full.index(slot), stats_smem.index(slot))
         slot = (step + i) % C.dout_stages
         mbarrier.wait(do_empty.index(slot), (step + i) // C.dout_stages & 1 ^ 1)
-        mbarrier.expect(do_full.index(slot), dOut.block_type.nbytes)
-        load(dOut, entry_q, head, start_m, seqlen_q, do_full.index(slot), do_smem.index(slot))
+        expect(do_full.index(slot), dOut)
+        load_parts(dOut, entry_q, head, start_m, seqlen_q, do_full.index(slot), do_smem, slot)
     return step + group_size * blocks
 
 
@@ -468,7 +609,8 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
           BlockLists, C: gl.constexpr):  # fmt: skip
     """The warp that adds dq to the sums, and stores dk and dv.
 
-    Buffer w of dq_smem brings parts w, w + 2, ... of a tile.
+    Buffer w of dq_smem brings parts w, w + 2, ... of a tile. Sums are two descriptors if there are
+    parts half as wide, the second for these, and so is dQ.
     """
     if C.persistent:
         first, count, apart = tiles_of_program(sizes, C)
@@ -482,31 +624,47 @@ def adder(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, 
 
 
 @gluon.jit
-def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
-    """Buffer w to who makes dq, with the sums of a part in it if `filled`."""
+def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constexpr,
+         C: gl.constexpr):  # fmt: skip
+    """Buffer w to who makes part `of` of dq, with its sums in it if `filled`.
+
+    place is the part's among the sums, counted as in `units_before`.
+    """
+    WIDTH: gl.constexpr = width_of(C, of)
     if filled:
-        mbarrier.expect(dq_empty.index(w), Sums.block_type.nbytes)
-        async_load(Sums, [part * PART_ROWS, 0], dq_empty.index(w), dq_smem.index(w))
+        mbarrier.expect(dq_empty.index(w), Sums[WIDTH < PART].block_type.nbytes)
+        async_load(Sums[WIDTH < PART], [place * rows_of_unit(C), 0], dq_empty.index(w),
+                   buffer_of(dq_smem, w, WIDTH))  # fmt: skip
     else:
         mbarrier.arrive(dq_empty.index(w), count=1)
+
+
+@gluon.jit
+def bring(Sums, place, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl.constexpr,
+          w: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """Part `of` of dq from buffer w to where it belongs, place as in `lend`."""
+    WIDTH: gl.constexpr = width_of(C, of)
+    HALF: gl.constexpr = WIDTH < PART
+    if C.whole_heads:
+        if start_m < final:
+            store(dQ[HALF], places[0], head, start_m + of // columns_of(C) * PART, places[3],
+                  rounded(dq_smem, w, dQ[HALF]), column_of(C, of))  # fmt: skip
+        elif tile_n == 0:
+            async_store(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
+        else:
+            reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
+    else:
+        reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
 
 
 @gluon.jit
 def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
         BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
     """The adder's tile pid, as in `produce`."""
-    q_smem, dq_smem, dq_full, dq_empty, done = (
-        shared[2],
-        shared[6],
-        shared[8],
-        shared[9],
-        shared[10],
-    )
+    dq_smem, dq_full, dq_empty, done = shared[6], shared[8], shared[9], shared[10]
     kv_empty = shared[7][6]
-    BLOCK_D: gl.constexpr = q_smem.shape[-1]
-    PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
-    ROUNDS: gl.constexpr = PARTS // DQ_BUFFERS
-    COLUMNS: gl.constexpr = BLOCK_D // PART
+    PARTS: gl.constexpr = C.block_m // PART * columns_of(C)
+    ROUNDS: gl.constexpr = (PARTS + 1) // DQ_BUFFERS
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
         pid, sizes, window_left, window_right, BlockLists, C
@@ -540,26 +698,25 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 pass
             fence_async_global()
         for r in gl.static_range(ROUNDS):
-            part = row * PARTS + r * DQ_BUFFERS
+            place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
-                tma.store_wait(DQ_BUFFERS - 1 - w)
-                if C.whole_heads:
-                    lend(Sums, part + w, dq_smem, dq_empty, (start_m < final) & (tile_n > 0), w)
-                else:
-                    mbarrier.arrive(dq_empty.index(w), count=1)
-            for w in gl.static_range(DQ_BUFFERS):
-                mbarrier.wait(dq_full.index(w), ((step + i) * ROUNDS + r) & 1)
-                if C.whole_heads:
-                    of = r * DQ_BUFFERS + w
-                    if start_m < final:
-                        store(dQ, places[0], head, start_m + of // COLUMNS * PART, seqlen_q,
-                              rounded(dq_smem, w, dQ), of % COLUMNS * PART)  # fmt: skip
-                    elif tile_n == 0:
-                        async_store(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
+                if r * DQ_BUFFERS + w < PARTS:
+                    # The last of an odd number is followed by the first, of the same buffer.
+                    tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
+                    if C.whole_heads:
+                        lend(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w),
+                             dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
+                             r * DQ_BUFFERS + w, w, C)  # fmt: skip
                     else:
-                        reduce_add(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
-                else:
-                    reduce_add(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
+                        mbarrier.arrive(dq_empty.index(w), count=1)
+            for w in gl.static_range(DQ_BUFFERS):
+                if r * DQ_BUFFERS + w < PARTS:
+                    # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
+                    made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
+                    mbarrier.wait(dq_full.index(w), made & 1)
+                    bring(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w), dQ,
+                          places, head, start_m, tile_n, final, dq_smem, r * DQ_BUFFERS + w, w,
+                          C)  # fmt: skip
         if C.deterministic:
             wait_for_reductions()
             fence_async_global()
@@ -571,8 +728,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     mbarrier.wait(done.index(kv), before // C.kv_stages & 1)
     for w in gl.static_range(TILES):
         row = tile_n * C.block_n + w * KEYS  # of the box, keys past the end stay behind
-        store(dV, places[1], head_k, row, places[2], dv_smem.index(kv * TILES + w))
-        store(dK, places[1], head_k, row, places[2], dk_smem.index(kv * TILES + w))
+        store_parts(dV, places[1], head_k, row, places[2], dv_smem, kv * TILES + w)
+        store_parts(dK, places[1], head_k, row, places[2], dk_smem, kv * TILES + w)
     if C.whole_heads:
         wait_for_reductions()  # the next tile reads and adds to them
         fence_async_global()

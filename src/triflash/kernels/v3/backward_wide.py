@@ -24,8 +24,13 @@ from triflash.kernels.v3.backward_shared import (
     PART_COLUMNS,
     PART_ROWS,
     UNSPECIALIZED,
+    add_products,
     adder,
+    buffer_of,
+    column_of,
+    columns_of,
     edges,
+    finished,
     head_of,
     listed,
     locate,
@@ -35,8 +40,11 @@ from triflash.kernels.v3.backward_shared import (
     pack,
     positions,
     producer,
+    products,
+    width_of,
+    zeros,
 )
-from triflash.kernels.v3.tma import barriers, buffers, tile
+from triflash.kernels.v3.tma import barriers, parts, rings, tile, tiles_of
 
 P_STAGES = gl.constexpr(2)  # blocks of p, and of ds
 
@@ -66,11 +74,19 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     edge = edges(start, full, C)
     m = blocks - 1 if C.backwards else 0
-    k = tile(k_smem, 0)
-    v = tile(v_smem, 0)
+    k = tiles_of(k_smem, 0)
+    v = tiles_of(v_smem, 0)
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(v_full.index(0), 0)
-    for i in range(group_size * blocks):
+    steps = group_size * blocks
+    nothing = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
+    s_next = nothing
+    if C.ahead:
+        if steps > 0:
+            mbarrier.wait(q_full.index(0), 0)
+        s_next = products(tiles_of(q_smem, 0), k, nothing, False)
+        s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    for i in range(steps):
         if MODIFIED:
             head = head_of(i, head_k, blocks, group_size, C)
             start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
@@ -79,18 +95,26 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         q_slot = i % C.stages
         do_slot = i % C.dout_stages
         slot = i % P_STAGES
-        q = tile(q_smem, q_slot)
-        dout = tile(do_smem, do_slot)
+        q = tiles_of(q_smem, q_slot)
+        dout = tiles_of(do_smem, do_slot)
         stats = stats_smem.index(q_slot).reshape([2 * BLOCK_M])
-        mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
-        zeros = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
-        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        nothing = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
+        if C.ahead:
+            s = s_next
+        else:
+            mbarrier.wait(q_full.index(q_slot), i // C.stages & 1)
+            s = products(q, k, nothing, False)
         if not C.late_dp:
             mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
-            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = products(dout, v, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(QUERIES)
-        s = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s,))
+        if C.ahead:
+            if i + 1 < steps:
+                mbarrier.wait(q_full.index((i + 1) % C.stages), (i + 1) // C.stages & 1)
+            s_next = products(tiles_of(q_smem, (i + 1) % C.stages), k, nothing, False)
+        else:
+            s = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s,))
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         if MODIFIED:
             p, derived = s, s
@@ -112,13 +136,16 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
                     p = gl.where(seen, p, 0.0)
             derived = p
         mbarrier.wait(p_empty.index(slot), i // P_STAGES & 1 ^ 1)
-        p_smem.index(slot).store(p.to(q.dtype))
+        p_smem.index(slot).store(p.to(p_smem.dtype))
         fence_async_shared()
         mbarrier.arrive(p_full.index(slot), count=1)
         if C.late_dp:
             mbarrier.wait(do_full.index(do_slot), i // C.dout_stages & 1)
-            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
+            dp = products(dout, v, nothing, False)
+        if C.ahead:
+            dp, s_next = warpgroup_mma_wait(0, deps=(dp, s_next))
+        else:
+            dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(do_empty.index(do_slot), count=1)
         ds = derived * (dp + minus_delta[:, None])
         if C.scatter:
@@ -127,10 +154,26 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
             ds = derive(ds, s * softmax_scale, batch, head, q_pos, k_pos, seqlen_q, seqlen_k,
                         ScoreMods, True, C.inside)  # fmt: skip
         mbarrier.wait(ds_empty.index(slot), i // P_STAGES & 1 ^ 1)
-        ds_smem.index(slot).store(ds.to(q.dtype))
+        ds_smem.index(slot).store(ds.to(ds_smem.dtype))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(slot), count=1)
         m = next_block(m, blocks, C)
+
+
+@gluon.jit
+def start_dq(ds, k, PART_COLUMN: gl.constexpr, C: gl.constexpr):
+    """A part of dq, begun."""
+    WIDTH: gl.constexpr = width_of(C, PART_COLUMN)
+    COLUMN: gl.constexpr = column_of(C, PART_COLUMN)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    nothing = gl.zeros([PART, WIDTH], gl.float32, LAYOUT)
+    if COLUMN < k[0].shape[1]:
+        columns = k[0].slice(COLUMN, WIDTH, dim=1)
+    elif WIDTH == PART:
+        columns = k[1]
+    else:
+        columns = k[1].slice(COLUMN - k[0].shape[1], WIDTH, dim=1)
+    return warpgroup_mma(ds, columns, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -145,15 +188,12 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
     ring = q_smem if IS_DK else do_smem
     ring_empty = q_empty if IS_DK else do_empty
     STAGES: gl.constexpr = C.stages if IS_DK else C.dout_stages
-    BLOCK_D: gl.constexpr = ring.shape[-1]
-    ROUNDS: gl.constexpr = k_smem.shape[-1] // PART // DQ_BUFFERS
-    LAYOUT_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    LAYOUT_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    ROUNDS: gl.constexpr = (columns_of(C) - W + 1) // DQ_BUFFERS
     _tile_n, _batch, _head_k, _start, _full, blocks, _places = locate(
         gl.program_id(0), sizes, window_left, window_right, BlockLists, C
     )
-    k = tile(k_smem, 0)
-    acc = gl.zeros([KEYS, BLOCK_D], gl.float32, LAYOUT_D)
+    k = tiles_of(k_smem, 0)
+    acc = zeros(ring)
     mbarrier.wait(k_full.index(0), 0)
     for i in range(group_size * blocks):
         slot = i % P_STAGES
@@ -162,18 +202,17 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
         ds = ds_smem.index(slot)
         if IS_DK:
             mbarrier.wait(ds_full.index(slot), phase)
-            acc = warpgroup_mma(ds.permute((1, 0)), tile(ring, ring_slot), acc, is_async=True)
+            ds_t = ds.permute((1, 0))
+            acc = add_products((ds_t, ds_t), tiles_of(ring, ring_slot), acc)
         else:
             mbarrier.wait(p_full.index(slot), phase)
-            p = p_smem.index(slot)
-            acc = warpgroup_mma(p.permute((1, 0)), tile(ring, ring_slot), acc, is_async=True)
+            p_t = p_smem.index(slot).permute((1, 0))
+            acc = add_products((p_t, p_t), tiles_of(ring, ring_slot), acc)
             mbarrier.wait(ds_full.index(slot), phase)
         for r in gl.static_range(ROUNDS):
-            dq = gl.zeros([PART, PART], gl.float32, LAYOUT_P)
-            dq = warpgroup_mma(ds, k.slice((r * DQ_BUFFERS + W) * PART, PART, dim=1), dq,
-                               use_acc=False, is_async=True)  # fmt: skip
+            dq = start_dq(ds, k, r * DQ_BUFFERS + W, C)
             if r == 0:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
+                acc = finished(acc, 1)
                 mbarrier.arrive(ring_empty.index(ring_slot), count=1)
                 if not IS_DK:
                     mbarrier.arrive(p_empty.index(slot), count=1)
@@ -181,32 +220,37 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
             if r == ROUNDS - 1:
                 mbarrier.arrive(ds_empty.index(slot), count=1)
             mbarrier.wait(dq_empty.index(W), i * ROUNDS + r & 1)
-            dq_smem.index(W).store(pack(dq))
+            buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
             fence_async_shared()
             mbarrier.arrive(dq_full.index(W), count=1)
 
     # dk and dv leave through the memory of q and dout: all loads have come and have been used.
-    if IS_DK:
-        acc = acc * softmax_scale
-    tile(ring, 0).store(acc.to(ring.dtype))
+    for part in gl.static_range(len(ring)):
+        total = acc[part]
+        if IS_DK:
+            total = total * softmax_scale
+        tile(ring[part], 0).store(total.to(ring[part].dtype))
     fence_async_shared()
     mbarrier.arrive(done.index(0), count=1)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
-                    BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
-                    window_left, window_right, tiles, section,
+def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, Sums1, dQ1, dK1, dV1,
+                    Turn, Blocks, ScoreMods, MaskMod, BlockLists, softmax_scale, nheads, nheads_k,
+                    group_size, seqlen_q, seqlen_k, window_left, window_right, tiles, section,
                     C: gl.constexpr):  # fmt: skip
-    """One program a block of 64 keys of a key head."""
+    """One program a block of 64 keys of a key head; parameters as in backward.py."""
     BLOCK_M: gl.constexpr = C.block_m
     if C.packed:
         if gl.program_id(0) >= gl.load(Blocks) * nheads_k:  # there are not so many
             return
-    k_smem = buffers(K, 1)
-    v_smem = buffers(V, 1)
-    q_smem = buffers(Q, C.stages)
-    do_smem = buffers(dOut, C.dout_stages)
+    # What those of dk and dv do not need goes to the warpgroup that makes p and ds.
+    WIDEST: gl.constexpr = C.width if C.width > C.width_v else C.width_v
+    REGISTERS: gl.constexpr = 192 if WIDEST > 192 else 160 if C.split else 176
+    k_smem = rings(parts(K, K1), 1)
+    v_smem = rings(parts(V, V1), 1)
+    q_smem = rings(parts(Q, Q1), C.stages)
+    do_smem = rings(parts(dOut, dOut1), C.dout_stages)
     stats_smem = gl.allocate_shared_memory(gl.float32, [C.stages, 1, 2 * BLOCK_M], Stats.layout)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], Q.dtype)
     pairs = (
@@ -244,11 +288,11 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
                         False, C)),
             (gradient, (shared, softmax_scale, sizes, window_left, window_right, BlockLists,
                         True, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
-                        BlockLists, C)),
-            (adder, (shared, q_smem, do_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
-                     window_right, BlockLists, C)),
+            (producer, (shared, parts(Q, Q1), parts(K, K1), parts(V, V1), parts(dOut, dOut1),
+                        Stats, sizes, window_left, window_right, BlockLists, C)),
+            (adder, (shared, q_smem, do_smem, parts(Sums, Sums1), parts(dQ, dQ1), parts(dK, dK1),
+                     parts(dV, dV1), Turn, sizes, window_left, window_right, BlockLists, C)),
         ],
         [4, 4, 1, 1],
-        [192, 192, 24, 24],
+        [REGISTERS, REGISTERS, 24, 24],
     )  # fmt: skip

@@ -101,6 +101,53 @@ def _ring(count, shape):
 
 
 @gluon.jit
+def parts(desc, desc1):
+    """The descriptors of a tensor's parts of columns, of which the second may be None."""
+    if desc1 is None:
+        result = (desc,)
+    else:
+        result = (desc, desc1)
+    return result
+
+
+@gluon.jit
+def rings(descs, COUNT: gl.constexpr):
+    """`buffers` for each part."""
+    if len(descs) == 1:
+        result = (buffers(descs[0], COUNT),)
+    else:
+        result = (buffers(descs[0], COUNT), buffers(descs[1], COUNT))
+    return result
+
+
+@gluon.jit
+def expect(bar, descs, more=0):
+    """Have bar wait for a tile in all its parts, and `more` bytes."""
+    if len(descs) == 1:
+        mbarrier.expect(bar, descs[0].block_type.nbytes + more)
+    else:
+        mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes + more)
+
+
+@gluon.jit
+def load_parts(descs, entry, head, row, seqlen, bar, smem, slot):
+    """`load` of each part to a slot of its ring."""
+    load(descs[0], entry, head, row, seqlen, bar, smem[0].index(slot))
+    if len(descs) == 2:
+        load(descs[1], entry, head, row, seqlen, bar, smem[1].index(slot),
+             descs[0].block_type.shape[-1])  # fmt: skip
+
+
+@gluon.jit
+def store_parts(descs, entry, head, row, rows, smem, slot):
+    """`store` of each part from a slot of its ring."""
+    store(descs[0], entry, head, row, rows, smem[0].index(slot))
+    if len(descs) == 2:
+        store(descs[1], entry, head, row, rows, smem[1].index(slot),
+              descs[0].block_type.shape[-1])  # fmt: skip
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -112,6 +159,16 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def tile(ring, slot):
     """Slot of a ring as [rows, headdim]."""
     return ring.index(slot).reshape([ring.shape[-2], ring.shape[-1]])
+
+
+@gluon.jit
+def tiles_of(rings, slot):
+    """`tile` of each part."""
+    if len(rings) == 1:
+        result = (tile(rings[0], slot),)
+    else:
+        result = (tile(rings[0], slot), tile(rings[1], slot))
+    return result
 
 
 def view(
