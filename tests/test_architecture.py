@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.dropout": set(),
     "triflash.target": set(),
     "triflash.mods": {"triflash.spec", "triflash.dropout"},
-    "triflash.tuning": {"triflash.spec", "triflash.target"},
+    "triflash.tuning": {"triflash.spec", "triflash.target", "triflash.mods"},
     "triflash.reference": {"triflash.spec", "triflash.mods", "triflash.dropout"},
     "triflash.block_mask": {
         "triflash.spec", "triflash.mods", "triflash.target", "triflash.reference",

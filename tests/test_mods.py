@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from triflash import attention, mods, registry
+from triflash.bench.variant_mods import SOFT_SIGN
 from triflash.spec import FEATURES, PLAIN, Features, Mod, features_of_text, window_of
 from triflash.target import Target
 from triflash.testing import LAYOUTS, Case, make_inputs
@@ -87,6 +88,12 @@ FEATURED = {
     "only itself": {"window_size": (0, 0)},
     "left, causal": {"window_size": (17, -1), "causal": True},
     "softcap": {"softcap": 2.0},
+    "softcap reached": {"softcap": 50.0, "softmax_scale": 8.0, "causal": True},
+    "soft sign": {"score_mod": SOFT_SIGN, "make_aux": lambda *_: (3.0,), "causal": True},
+    "soft sign, negative scale": {
+        "score_mod": SOFT_SIGN, "make_aux": lambda *_: (40.0,), "softmax_scale": -2.0,
+        "sinks": FLOAT,
+    },
     "alibi": {"alibi": "heads"},
     "alibi of batch": {"alibi": "batch and heads", "causal": True},
     "softcap, alibi, window": {"softcap": 5.0, "alibi": "heads", "window_size": (30, 30)},
@@ -340,6 +347,25 @@ def test_bad_functions():
         mods.score_mod(relative, derivative=relative)
     with pytest.raises(TypeError, match="gradient relative must take"):
         mods.score_mod(relative, gradient=relative)
+    with pytest.raises(TypeError, match="fused short must take"):
+        mods.score_mod(relative, fused=short)
+    with pytest.raises(TypeError, match=r"bound must be a function .*, got float"):
+        mods.score_mod(relative, bound=20.0)
+
+
+def test_bounds_of_scores():
+    def bound(**options):
+        return mods.score_bound(mods.features_of(**options)[0])
+
+    capped = mods.score_mod(relative, bound=lambda aux: None if aux[0] is None else 2 * aux[0])
+    assert bound() is None
+    assert bound(window_size=(3, 3)) is None
+    assert bound(softcap=30.0) == 30.0
+    assert bound(softcap=30.0, alibi_slopes=torch.ones(2)) is None
+    assert bound(score_mod=RELATIVE) is None
+    assert bound(score_mod=capped, aux=(7,), softcap=3.0) == 14.0
+    assert bound(score_mod=capped, aux=(torch.ones(1),)) is None
+    assert bound(score_mod=capped, aux=(7,), bias=torch.ones(1, 1, 1, 1)) is None
 
 
 @triton.jit

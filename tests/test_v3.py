@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from helpers import (
     assert_within_budget,
+    check,
     forget_prepared_launches,
     skip_unsupported,
     unexplained_races,
@@ -29,6 +30,7 @@ from helpers import (
 from triton import knobs
 
 from triflash import attention, flash_attn_varlen_func, mods, registry, tuning
+from triflash.bench.variant_mods import SOFT_SIGN
 from triflash.spec import (
     FEATURES,
     PLAIN,
@@ -106,6 +108,14 @@ CALLS = {
     "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
     "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
     "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
+    "fp16-128-causal-softcap": {
+        "dtype": FP16,
+        "headdim": 128,
+        "causal": True,
+        "feature": "softcap",
+    },
+    "bf16-128-causal-soft sign": {"headdim": 128, "causal": True, "feature": "soft sign"},
+    "fp16-64-causal-soft sign": {"dtype": FP16, "causal": True, "feature": "soft sign"},
     "fp16-128-causal-alibi": {"dtype": FP16, "headdim": 128, "causal": True, "feature": "alibi"},
     "bf16-128-softcap, alibi, window": {"headdim": 128, "feature": "softcap, alibi, window"},
     "bf16-128-causal-learned bias": {"headdim": 128, "causal": True, "feature": "learned bias"},
@@ -638,6 +648,36 @@ def test_auto_takes_it_for_packed_sequences_long_enough_on_average(lengths, head
     where = Sequences(cu_seqlens, cu_seqlens)
     spec = make_varlen_spec(q, q, q, where, *(max(lengths),) * 2, None, False, False, False)
     assert registry.resolve("auto", spec, HOPPER).name == chosen
+
+
+def test_which_scores_need_no_maximum():
+    def bounded(dtype: torch.dtype = BF16, **options) -> bool:
+        return tuning.v3_forward(Case(dtype=dtype, **options).spec(), HOPPER).bounded
+
+    assert bounded(softcap=50.0)
+    assert bounded(score_mod=SOFT_SIGN, make_aux=lambda *_: (20.0,))
+    assert not bounded(softcap=50.1)
+    assert not bounded(softcap=50.0, dtype=FP16)
+    assert not bounded(softcap=50.0, alibi="heads")
+    assert not bounded()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 50.0, "softmax_scale": 8.0, "causal": True},
+        {"softcap": 30.0, "window_size": (100, 50), "sinks": torch.float32},
+        {"score_mod": SOFT_SIGN, "make_aux": lambda *_: (3.0,), "causal": True},
+        {"score_mod": SOFT_SIGN, "make_aux": lambda *_: (40.0,), "softmax_scale": -4.0},
+    ],
+)
+def test_scores_with_a_bound(options, headdim, device):
+    """In bfloat16, where exponentials are relative to 0; whole blocks and others."""
+    for seqlen_q, seqlen_k in ((512, 1024), (700, 300)):
+        case = Case(2, seqlen_q, seqlen_k, 2, 1, headdim, dtype=BF16, **options)
+        check(case, "v3", device)
 
 
 def test_which_reports_of_racecheck_are_explained():

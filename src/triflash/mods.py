@@ -51,6 +51,8 @@ class ScoreMod:
     derivative: Any
     gradient: Any
     reference: Callable[..., Tensor] | None
+    bound: Callable[[tuple[Any, ...]], float | None] | None = None
+    fused: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +128,8 @@ def score_mod(
     derivative: Any = None,
     gradient: Any = None,
     reference: Callable[..., Tensor] | None = None,
+    bound: Callable[[tuple[Any, ...]], float | None] | None = None,
+    fused: Any = None,
 ) -> ScoreMod:
     """A score modification for `attention(..., score_mod=)`; make it once, not in every call.
 
@@ -140,16 +144,27 @@ def score_mod(
             gradient.
         reference: function again, in PyTorch on tensors that broadcast to
             `(batch, nheads, seqlen_q, seqlen_k)`, for the implementation "reference".
+        bound: `(aux) -> number or None`, in Python: what no score that function returns exceeds in
+            absolute value, for the call's aux, which has None for tensors. With a small one v3 need
+            not look for the largest score (bfloat16). If it is wrong, results may be too.
+        fused: `@triton.jit`, of the same parameters: function of s * scale, times log2(e), so that
+            both factors can go into constants of its own. scale > 0 is in aux, before seqlen_q and
+            seqlen_k. For v3's forward, so NVIDIA GPUs alone; not where scores are modified twice.
 
     Raises:
-        TypeError: not a `@triton.jit` function, or one with another number of parameters.
+        TypeError: not a `@triton.jit` function, or one with another number of parameters; a bound
+            that cannot be called.
     """
     check_function("score_mod", function, "score, b, h, q_idx, kv_idx, aux")
     if derivative is not None:
         check_function("derivative", derivative, "dscore, score, b, h, q_idx, kv_idx, aux")
     if gradient is not None:
         check_function("gradient", gradient, "dscore, score, b, h, q_idx, kv_idx, aux, grads")
-    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference)
+    if bound is not None and not callable(bound):
+        raise TypeError(f"bound must be a function (aux) of Python, got {_shown(bound)}")
+    if fused is not None:
+        check_function("fused", fused, "s, b, h, q_idx, kv_idx, aux")
+    mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound, fused)
     _mods[mod.key] = mod
     return mod
 
@@ -434,6 +449,35 @@ def fused_backward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, An
     return ((*entry, getattr(module, f"fused_{features.score_mods[0].key}_derivative")),), mask
 
 
+def in_base_2(features: Features) -> bool:
+    """Whether the only modification of scores is a user's that has a fused form."""
+    keys = [mod.key for mod in features.score_mods]
+    return len(keys) == 1 and keys[0] not in _BUILT_IN and get(keys[0]).fused is not None
+
+
+def base_2_forward(
+    features: Features, extras: tuple[Any, ...], softmax_scale: float
+) -> tuple[Any, Any]:
+    """`for_forward` where `in_base_2`: takes q k^T, gives scores in base 2."""
+    [(_, values)], mask = for_forward(features, extras)
+    fused = get(features.score_mods[0].key).fused
+    return ((fused, (*values, abs(softmax_scale) or 1.0)),), mask
+
+
+def score_bound(features: Features) -> float | None:
+    """What no modified score exceeds in absolute value, if that is known."""
+    if not features.score_mods:
+        return None
+    last = features.score_mods[-1]
+    if last.key == "softcap":
+        return float(last.aux[0])
+    bound = None if last.key in _BUILT_IN else get(last.key).bound
+    if bound is None:
+        return None
+    found = bound(tuple(None if isinstance(a, str) else a for a in last.aux))
+    return None if found is None else float(found)
+
+
 def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """What kernels take as Dropout; see kernels/common/dropout.py."""
     if features.dropout_p == 0.0:
@@ -691,3 +735,10 @@ def _bind(
 def _shown(value: Any) -> str:
     inner = getattr(value, "fn", value)
     return str(getattr(inner, "__qualname__", None) or type(value).__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """Functions for modifications; lazily, because they need triton."""
+    if name not in ("reciprocal", "approximate_reciprocal"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("triflash.kernels.common.mods"), name)

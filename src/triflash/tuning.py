@@ -14,6 +14,7 @@ from math import ceil, gcd
 
 import torch
 
+from triflash.mods import score_bound
 from triflash.spec import AttentionSpec
 from triflash.target import Target
 
@@ -46,6 +47,7 @@ class HopperConfig:
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         rolling: the first k and q of a tile are loaded before the last v of the one before it.
+        bounded: exponentials are relative to 0 instead of a row's largest score.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -64,6 +66,7 @@ class HopperConfig:
     half_q: bool = False
     alias: bool = False
     rolling: bool = False
+    bounded: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -307,11 +310,23 @@ def v3_fuses(spec: AttentionSpec) -> bool:
     """Whether v3 can take softcap or ALiBi in its fused form, as its forward does.
 
     It must be the only score modification, and the scale so large that no constant overflows.
-    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused.
+    Measured at d128 causal, 8192: 0.79 and 0.89 of plain's speed, 0.73 and 0.78 not fused. Since
+    then softcap has no maximum, and ALiBi has 0.94 by distances relative to a block.
     """
     return tuple(mod.key for mod in spec.features.score_mods) in (("softcap",), ("alibi",)) and (
         spec.softmax_scale > 1e-6
     )
+
+
+def v3_bounded(spec: AttentionSpec) -> bool:
+    """Whether v3's forward takes all scores relative to 0 instead of a row's largest.
+
+    Measured at d128 causal, 8192: softcap 0.91 of plain's speed, 0.86 with maxima; a user's soft
+    sign 0.92 and 0.85. Exponentials up to e^50 = 2^72 leave 2^55 for the number of keys times the
+    largest v, and none vanish. float16 has no room for them.
+    """
+    bound = score_bound(spec.features)
+    return spec.dtype == torch.bfloat16 and bound is not None and 0.0 <= bound <= 50.0
 
 
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
@@ -329,9 +344,9 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
     alias = False
-    # Measured at d128 causal, 8192, as parts of plain's speed: all of q in registers 0.67 for
-    # softcap, 0.77 for ALiBi, none 0.79 and 0.89; half of it 0.78 and 0.79 for a mask and a score
-    # modification of users, none 0.75 and 0.77.
+    # Measured at d128 causal, 8192, as parts of plain's speed: none of q in registers 0.91 for
+    # softcap, 0.94 for ALiBi, all 0.90 and 0.90; half of it 0.92 for a user's soft sign, none 0.90,
+    # and 0.78 for a mask of users, none 0.75.
     half_q = widths == (128,) and bool(spec.features.mods)
     half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
     windows = _in_the_loop(spec) == ("window",) and widths == widths_v == (128,)
@@ -343,8 +358,11 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
-            # Measured: softcap at 8192 causal 0.67 of plain, 0.64 with 128 keys.
-            consumers, block_n, most = 3, 64, 6
+            # Measured at 8192 causal: a softcap that is not bounded 0.71 of plain, one that is
+            # 0.78, with four warpgroups 0.80, with 128 keys 0.77.
+            hides = spec.features.mask_mod, spec.features.window_left, spec.features.window_right
+            four = v3_bounded(spec) and v3_fuses(spec) and hides == (None, None, None)
+            consumers, block_n, most = (4 if four else 3), 64, 6
         if spec.features.blocks is not None:  # which have 128 queries, or a multiple
             consumers, block_n, most = 2, 128, 4
     elif max(total, total_v) <= 128:
@@ -402,6 +420,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
         rolling=total == total_v == 128
         and (spec.varlen is not None or spec.features.blocks is not None),
+        bounded=v3_bounded(spec),
     )
 
 

@@ -99,6 +99,24 @@ def _joined(function, first, second, name):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x for x > 0, off by at most 2^-21 of it; 0 from 2^126 on.
+
+    Where `/` is eight instructions of NVIDIA GPUs this is three, on every target.
+    """
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def approximate_reciprocal(x):
+    """1 / x in one instruction of NVIDIA GPUs, off by at most 2^-23 of it; 0 from 2^126 on."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def tanh(x):
     """By an exponential whose overflow gives 1."""
     return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))

@@ -45,7 +45,7 @@ from triflash.kernels.v3.tma import (
     tile,
     view,
 )
-from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
+from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
 from triflash.target import Target, target_of
 
 
@@ -65,12 +65,14 @@ class Schedule:
     half_q: bool
     alias: bool
     rolling: bool
+    bounded: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
     check_keys: bool  # the last block of keys has some past seqlen_k
     edges: bool  # a causal mask may cut blocks behind a tile's first, or hide all keys from a row
     scale_sign: int  # of softmax_scale: -1, 0 or 1
+    base_2: bool  # a modification takes scores without the scale and gives them in base 2
     size_q: int | None  # of the blocks of a block mask
     size_k: int | None
     packed: bool
@@ -328,7 +330,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         scale_log2 = 1.0
     FUSED: gl.constexpr = ScoreMods is not None and len(ScoreMods[0]) == 3
     if ScoreMods is not None and not FUSED:  # which get scores in natural units
-        scale_log2 = LOG2_E
+        scale_log2 = 1.0 if C.base_2 else LOG2_E
     constant = softmax_scale
     LISTS: gl.constexpr = BlockLists is not None
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
@@ -401,7 +403,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             start_n, _partial = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
             s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
-                         False)  # fmt: skip
+                         False, C.base_2)  # fmt: skip
         if WINDOW:
             s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
         elif C.causal or C.check_keys:
@@ -409,8 +411,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if MaskMod is not None:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
-        HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
-        m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
+        HIDES: gl.constexpr = (
+            C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
+        )
+        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C.bounded)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -602,14 +606,23 @@ def keys_of(s, start_n):
 
 @gluon.jit
 def modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
-             INSIDE: gl.constexpr):  # fmt: skip
+             INSIDE: gl.constexpr, BASE_2: gl.constexpr):  # fmt: skip
     """q k^T behind the scale and all modifications. constant: the scale, or that of a fused one."""
-    k_idx = keys_of(s, start_n)
     if len(ScoreMods[0]) == 3:
-        s = ScoreMods[0][0](s, q_idx, k_idx, seqlen_q, seqlen_k, constant)
+        # Relative to the block, so that its keys need no conversion of their own in each.
+        s = ScoreMods[0][0](s, q_idx - start_n, keys_of(s, 0), seqlen_q, seqlen_k, constant)
     else:
-        s = modify(s * constant, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods, INSIDE)
+        if not BASE_2:
+            s = s * constant
+        k_idx = keys_of(s, start_n)
+        s = modify(s, batch, head, q_idx, k_idx, seqlen_q, seqlen_k, ScoreMods, INSIDE)
     return s
+
+
+@gluon.constexpr_function
+def can_hide(score_mods):
+    """Whether a modification of scores may give -inf: a user's own, or a bias."""
+    return score_mods is not None and len(score_mods[0]) == 2
 
 
 @gluon.jit
@@ -659,6 +672,16 @@ def _HIDE(n):
 
 
 @gluon.jit
+def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr, BOUNDED: gl.constexpr):
+    """`softmax_step`, BOUNDED with 0 for every maximum and 1 for every factor."""
+    if BOUNDED:
+        m_new, p, alpha = gl.zeros_like(m_i), gl.exp2(s * scale_log2), gl.full_like(m_i, 1.0)
+    else:
+        m_new, p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK)
+    return m_new, p, alpha
+
+
+@gluon.jit
 def sum_of_lanes(p):
     """[ROWS, 4] sums of the columns that each of four lanes has of a row.
 
@@ -693,7 +716,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
     INSIDE: gl.constexpr = C.size_k is None or C.size_k == C.block_n
     if ScoreMods is not None:
         s = modified(s, constant, batch, head, q_idx, start_n, seqlen_q, seqlen_k, ScoreMods,
-                     INSIDE)  # fmt: skip
+                     INSIDE, C.base_2)  # fmt: skip
     WINDOW: gl.constexpr = window_left is not None or window_right is not None
     EDGES: gl.constexpr = C.edges or WINDOW or (not INSIDE and C.check_keys)
     if EDGES:
@@ -709,9 +732,13 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
             seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
-    alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
-    l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
+    HIDES: gl.constexpr = EDGES or MaskMod is not None or can_hide(ScoreMods)
+    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, C.bounded)
+    if C.bounded:
+        l_i += sum_of_lanes(p)
+    else:
+        alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
+        l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
     # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
     # moves no wait over a branch, which both of these are.
     if C.hold:
@@ -721,10 +748,11 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
     acc = finished(acc, C.parts_v)
     release(v_empty.index(slot))
     p = p.to(v_smem[0].dtype)
-    if C.parts_v == 1:
-        acc = (rescaled(acc[0], alpha),)
-    else:
-        acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
+    if not C.bounded:
+        if C.parts_v == 1:
+            acc = (rescaled(acc[0], alpha),)
+        else:
+            acc = (rescaled(acc[0], alpha), rescaled(acc[1], alpha))
     return acc, m_i, l_i, p
 
 
@@ -955,13 +983,14 @@ def _prepare(
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
-    if spec.features.score_mods:  # which scale by themselves
+    base_2 = mods.in_base_2(spec.features)
+    if spec.features.score_mods and not base_2:  # which scale by themselves
         sign = 1
     size_q, size_k = mods.block_sizes(spec.features)
     # The diagonal then begins at a block's corner, and every row has a key in its first block.
     shift = spec.seqlen_k - spec.seqlen_q
-    plain = not spec.features.mods and spec.features.blocks is None
-    whole = plain and (self_attention if packed else shift >= 0 and shift % config.block_n == 0)
+    whole = self_attention if packed else shift >= 0 and shift % config.block_n == 0
+    whole = whole and spec.features.blocks is None
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -975,12 +1004,14 @@ def _prepare(
         half_q=config.half_q,
         alias=config.alias,
         rolling=config.rolling,
+        bounded=config.bounded,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
         check_keys=packed or spec.seqlen_k % config.block_n != 0,
         edges=spec.causal and not whole,
         scale_sign=sign,
+        base_2=base_2,
         size_q=size_q,
         size_k=size_k,
         packed=packed,
@@ -999,7 +1030,7 @@ def _prepare(
             for part in (0, -1)  # the second is the first again where there is only one
             for shape, stride, rows, widths in tensors
         ),
-        partial(_arguments, spec.features, tuning.v3_fuses(spec)),
+        partial(_arguments, spec, tuning.v3_fuses(spec)),
     )  # fmt: skip
     return launch, list_launch(spec, block_m, of_keys=False) if packed else None
 
@@ -1016,12 +1047,15 @@ def _of_one_another(sequences: Sequences) -> bool:
 
 
 def _arguments(
-    features: Features, fused: bool, lse: Any, counter: Any, blocks: Any, *extras: Any
+    spec: AttentionSpec, fused: bool, lse: Any, counter: Any, blocks: Any, *extras: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
+    features = spec.features
     sinks = extras[-1] if features.sinks else None
     if fused:
         modifications = mods.fused_forward(features, extras)
+    elif mods.in_base_2(features):
+        modifications = mods.base_2_forward(features, extras, spec.softmax_scale)
     else:
         modifications = mods.for_forward(features, extras, approximate=True)
     return lse, counter, blocks, *modifications, sinks, mods.key_lists(features, extras)
