@@ -46,8 +46,8 @@ class HopperConfig:
         q_in_registers: q comes from registers, its first part at least.
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
-        rolling: the first k and q of a tile are loaded before the last v of the one before it.
         bounded: exponentials are relative to 0 instead of a row's largest score.
+        rolling: the first k and q of a tile are loaded before the last v of the one before it.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -65,8 +65,8 @@ class HopperConfig:
     q_in_registers: bool
     half_q: bool = False
     alias: bool = False
-    rolling: bool = False
     bounded: bool = False
+    rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -416,11 +416,11 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         q_in_registers=windows or (consumers == 2 and (not spec.features.mods or half_q)),
         half_q=half_q,
         alias=alias,
+        bounded=v3_bounded(spec),
         # Measured at d128 causal, ms at 8192: documents as a block mask 0.218 against 0.230, packed
         # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
         rolling=total == total_v == 128
         and (spec.varlen is not None or spec.features.blocks is not None),
-        bounded=v3_bounded(spec),
     )
 
 

@@ -64,8 +64,8 @@ class Schedule:
     q_in_registers: bool
     half_q: bool
     alias: bool
-    rolling: bool
     bounded: bool
+    rolling: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -1003,8 +1003,8 @@ def _prepare(
         q_in_registers=config.q_in_registers,
         half_q=config.half_q,
         alias=config.alias,
-        rolling=config.rolling,
         bounded=config.bounded,
+        rolling=config.rolling,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
