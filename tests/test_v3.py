@@ -880,6 +880,21 @@ def test_heads_of_a_group_in_one_program_and_shared_out(
     assert_within_budget(case, check_case(case, "v3", device))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "feature", ["softcap", "alibi", "soft sign", "softcap, alibi, window", "learned bias"]
+)
+def test_modifications_where_tiles_are_full(feature, headdim, device):
+    """Each head dimension modifies scores in a schedule of its own."""
+    import test_mods
+
+    sizes = {"batch": 2, "seqlen_q": 1000, "seqlen_k": 1100, "nheads": 4, "nheads_k": 2}
+    case = Case(headdim=headdim, dtype=BF16, **sizes, **test_mods.FEATURED[feature])
+    skip_unsupported(case, "v3", device)
+    assert_within_budget(case, check_case(case, "v3", device))
+
+
 def _sectioned(kind: str, headdim: int) -> Case:
     """5 rows of batch and key head, so that sections of 2 leave one over."""
     case = Case(

@@ -495,7 +495,8 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
         # At the power limit as parts of plain's speed, in sections both: softcap 0.84, not fenced
         # 0.87, then fused 0.91; a user's soft sign 0.87, not fenced 0.93, as what a derivative
-        # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
+        # makes of p is multiplied beside the product dp; a bias by distance 0.94 and 0.98. ALiBi
+        # 0.94, fused 1.00; not fenced 0.97.
         keys = tuple(mod.key for mod in spec.features.score_mods)
         return HopperBackwardConfig(
             64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
@@ -601,9 +602,11 @@ def v3_section(spec: AttentionSpec, target: Target, config: HopperBackwardConfig
     """Key heads whose tiles v3's backward takes together, place by place; None: head after head.
 
     Where tiles differ in length the last head's longest would else begin when most of the others
-    are done. As many as give every multiprocessor a tile: measured at d128 causal, 8192: 1.03 times
-    as fast with 2. Where the longest may lie anywhere, eight tiles: documents as a block mask 1.056
-    times with 16, 1.016 with 8, 1.03 with 32, where less stays in L2; packed 1.044.
+    are done. As many as give every multiprocessor a tile. Measured, causal, times as fast: d128
+    1.01, 1.03 and 1.03 to 1.06 at 1024, 4096 and 8192; at 4096 d256 1.02, with four heads a key
+    head 1.19, 1.11 and 1.09 at d128, d64 and d256. Where the longest may lie anywhere, eight tiles:
+    documents as a block mask 1.056 with 16, 1.016 with 8, 1.03 with 32, where less stays in L2;
+    packed 1.044.
     """
     features = spec.features
     if config.programs or spec.deterministic or features.window_left is not None:
