@@ -15,7 +15,7 @@ from math import ceil, gcd
 import torch
 
 from triflash.mods import score_bound
-from triflash.spec import AttentionSpec
+from triflash.spec import PLAIN, AttentionSpec
 from triflash.target import Target
 
 
@@ -47,6 +47,8 @@ class HopperConfig:
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         bounded: exponentials are relative to 0 instead of a row's largest score.
+        kept: and relative to the largest of a tile's first block, where each row has a key there;
+            another kernel runs behind, for what that is not right for.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -65,6 +67,7 @@ class HopperConfig:
     half_q: bool = False
     alias: bool = False
     bounded: bool = False
+    kept: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -320,6 +323,21 @@ def v3_bounded(spec: AttentionSpec) -> bool:
     return spec.dtype == torch.bfloat16 and bound is not None and 0.0 <= bound <= 50.0
 
 
+def v3_keeps(spec: AttentionSpec) -> bool:
+    """Whether v3's forward keeps the maximum of a tile's first block, and checks the sums.
+
+    For plain bfloat16 calls: float16 has no room above it, and rows that see nothing of the first
+    block have no maximum.
+    """
+    return (
+        spec.dtype == torch.bfloat16
+        and spec.features == PLAIN
+        and spec.varlen is None
+        and max(block_d(spec.headdim), block_d(spec.headdim_v)) <= 128
+        and _flops(spec) > 5e10
+    )
+
+
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     """v3's forward, on sm_90 alone.
 
@@ -394,6 +412,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         half_q=half_q,
         alias=alias,
         bounded=v3_bounded(spec),
+        kept=v3_keeps(spec),
     )
 
 
