@@ -28,6 +28,9 @@ def hasten() -> None:
 
 
 def _once_a_launch(patch_lang):
+    # Triton 3.5 takes nothing back at all.
+    nothing_to_take_back = getattr(interpreter, "_LangPatchScope", lambda: None)
+
     @cache
     def languages(function) -> list[ModuleType]:
         modules = filter(inspect.ismodule, function.__globals__.values())
@@ -37,7 +40,7 @@ def _once_a_launch(patch_lang):
     def patched(function):
         if any(tl.core.is_builtin(language.load) for language in languages(function)):
             return patch_lang(function)
-        return interpreter._LangPatchScope()  # with nothing to take back
+        return nothing_to_take_back()
 
     return patched
 

@@ -207,9 +207,20 @@ BACKWARD_CALLS = {
         "seqlen": 1000,
         "dlse": True,
     },
-    "bf16-96-causal-whole-heads": {"batch": 64, "seqlen": 512, "headdim": 96, "causal": True},
+    "bf16-96-causal-whole-heads": {
+        "batch": 64,
+        "seqlen": 512,
+        "headdim": 96,
+        "causal": True,
+        "deterministic": True,
+    },
+    "bf16-96-persistent": {"headdim": 96, "batch": 64},
+    "bf16-96-causal-persistent": {"headdim": 96, "batch": 64, "causal": True},
+    "bf16-96-long": {"headdim": 96, "seqlen": 8192},
+    "bf16-96-causal-long": {"headdim": 96, "seqlen": 8192, "causal": True},
     "bf16-192": {"headdim": 192},
     "bf16-192-causal-deterministic": {"headdim": 192, "causal": True, "deterministic": True},
+    "bf16-192/128": {"headdim": 192, "headdim_v": 128},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
     "bf16-64/256": {"headdim": 64, "headdim_v": 256},
     "bf16-64-packed": {"headdim": 64, "packed": True},
@@ -388,10 +399,12 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         return config.consumers * 2 * products
     parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
-        # q k^T and dout v^T; dv and dk in parts of 128 columns at most; dq in parts of 64.
+        # q k^T, once more where it is ahead, and dout v^T; dv and dk in parts of 128 columns at
+        # most; dq in parts of 64, or the last in halves.
         d, d_v = config.width, config.width_v
         most = sum(max(n, -(-x // 128)) for n, x in ((parts, d), (parts_v, d_v)))
-        return d // 16 + d_v // 16 + 4 * most + 4 * d // 64
+        scores = (1 + config.ahead) * d // 16 + d_v // 16
+        return scores + 4 * most + 4 * (d // 64 + config.halves)
     # Two warpgroups, each with five products of 64 keys: 8 of them are dq's, which lag brings once
     # more behind the loop.
     of_scores = (config.width + config.width_v) // 16
@@ -694,7 +707,7 @@ def test_which_reports_of_racecheck_are_explained():
 
     dispatch, state = line("def forward_kernel("), line("if CONSUMERS == 2:")
     index = line("tile_smem.index(len(fields) * slot + i).store(")
-    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], W)")
+    load, other = line("gl.max(tile_smem"), line("tile(o_smem[part], ")
     backward = line("gl.warp_specialize(", "backward.py")
     explained = report(f"forward.py:{dispatch}", f"forward.py:{dispatch}", f"forward.py:{state}")
     explained += "\n" + report(f"forward.py:{index}", "mask.py:45", first="Write")
@@ -831,6 +844,9 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
         {"batch": 33, "seqlen_q": 512, "seqlen_k": 512, "nheads": 4, "nheads_k": 4, "headdim": 128},
         {"batch": 17, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "nheads_k": 8},
         {"batch": 40, "seqlen_q": 1000, "seqlen_k": 700, "nheads": 8, "nheads_k": 4},
+        {"batch": 64, "seqlen_q": 100, "seqlen_k": 64, "nheads": 8, "nheads_k": 4, "headdim": 256},
+        # dq of a step in the next
+        {"batch": 1, "seqlen_q": 4300, "seqlen_k": 4200, "nheads": 2, "nheads_k": 1, "headdim": 96},
     ],
 )
 def test_programs_that_walk_several_tiles(shape, causal, device):
@@ -945,6 +961,23 @@ def test_sections_give_every_multiprocessor_a_tile():
     assert [section(n) for n in (1024, 4096, 8192, 16384, 65536)] == [16, 4, 2, 1, 1]
     assert section(8192, causal=False) is None
     assert section(8192, window_size=(100, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, (3, 64)),
+        ({"causal": False, "window_size": (None, 64)}, (3, 64)),
+        ({"headdim": 96}, (2, 128)),
+        ({"window_size": (None, None)}, (2, 128)),
+        ({"softcap": 3.0}, (2, 128)),
+    ],
+)
+def test_windows_take_three_warpgroups(change, chosen):
+    options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
+    spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
+    config = tuning.v3_forward(spec, HOPPER)
+    assert (config.consumers, config.block_n) == chosen
 
 
 @pytest.mark.gpu

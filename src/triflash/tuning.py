@@ -36,7 +36,7 @@ class HopperConfig:
     Attributes:
         block_n: keys a step.
         stages, stages_k: blocks of v, and of k, in shared memory.
-        stages_q: tiles of q a warpgroup in shared memory.
+        slots_q: tiles of 64 rows of q in shared memory: one a consumer, or more.
         consumers: warpgroups of 64 queries each.
         dynamic: programs draw their tiles from a counter.
         section: heads that are worked on together.
@@ -49,13 +49,14 @@ class HopperConfig:
         bounded: exponentials are relative to 0 instead of a row's largest score.
         kept: and relative to the largest of a tile's first block, where each row has a key there;
             another kernel runs behind, for what that is not right for.
+        rolling: the first k and q of a tile are loaded before the last v of the one before it.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
     block_n: int
     stages: int
     stages_k: int
-    stages_q: int
+    slots_q: int
     consumers: int
     dynamic: bool
     section: int
@@ -68,6 +69,7 @@ class HopperConfig:
     alias: bool = False
     bounded: bool = False
     kept: bool = False
+    rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -79,7 +81,8 @@ class HopperBackwardConfig:
     Attributes:
         block_m: queries a step.
         block_n: keys of a program.
-        width, width_v: what headdim and headdim_v are filled up to in shared memory.
+        width, width_v: what headdim and headdim_v are filled up to in shared memory; 96 and 192 lie
+            there in two parts, see `v3_widths`.
         stages, dout_stages: blocks of q, and of dout, in shared memory.
         late_dp: the product for dp is issued behind p.
         late_dv: the product for dv is issued behind ds.
@@ -87,6 +90,8 @@ class HopperBackwardConfig:
         fenced: scores are modified behind a branch, so that ptxas moves nothing of it, which then
             begins with too much at once.
         fold: the product for dp begins with -delta.
+        both: p is only begun when dp is there, too; with late_dv and without late_dp.
+        release: each thread releases what it has read, without a barrier of its warpgroup.
         lag: dq of a step is computed in the next, so that the warpgroups need not meet.
         backwards: programs walk from the last queries to the first.
         programs: how many there are at most, each of which walks several tiles of keys; 0 for one a
@@ -94,8 +99,10 @@ class HopperBackwardConfig:
         kv_stages: tiles of k and v in shared memory.
         splits: programs that share out the heads of a group, for each tile of keys.
         whole_heads: programs walk all tiles of a head and finish dq, in the order of its keys.
-        wide: the schedule for head dimensions above 128, to which late_dv, fold and lag mean
-            nothing.
+        wide: the schedule for head dimensions above 128, to which late_dv, fold, both, release and
+            lag mean nothing, and the next two mean nothing elsewhere.
+        halves: of the odd number of parts of 64 columns that dq has, the last is made in halves.
+        ahead: q k^T of the next step begins in this one.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -110,6 +117,8 @@ class HopperBackwardConfig:
     fused: bool = False
     fenced: bool = True
     fold: bool = True
+    both: bool = False
+    release: bool = False
     lag: bool = False
     backwards: bool = False
     programs: int = 0
@@ -117,8 +126,8 @@ class HopperBackwardConfig:
     splits: int = 1
     whole_heads: bool = False
     wide: bool = False
-    split: bool = False
-    ahead: int = 0
+    halves: bool = False
+    ahead: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -352,17 +361,18 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         section = max(1, _SECTION_BYTES // bytes_kv) * spec.group_size
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
-    stages_q, alias = 1, False
+    alias = False
     # Measured at d128 causal, 8192, as parts of plain's speed: none of q in registers 0.91 for
     # softcap, 0.94 for ALiBi, all 0.90 and 0.90; half of it 0.92 for a user's soft sign, none 0.90,
     # and 0.78 for a mask of users, none 0.75.
     half_q = widths == (128,) and bool(spec.features.mods)
     half_q = half_q and not v3_fuses(spec) and spec.features.blocks is None
+    windows = _in_the_loop(spec) == ("window",) and widths == widths_v == (128,)
+    windows = windows and spec.varlen is None
     if max(total, total_v) <= 64:
         # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
         # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
         # 499 and 437, at 16384 516 and 501 against 533 and 513. A second q is 416 against 408.
-        stages_q = 2
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
@@ -380,6 +390,14 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         masks = spec.features.mask_mod is not None or _masks_both_sides(spec)
         tight = _loads_scores(spec) or (_modifies(spec) and masks)
         consumers, block_n, most = (2, 64, 6) if tight else (2, 128, 3)
+        if windows:
+            # 64 keys visit less at both edges; three warpgroups fill a tile's beginning and end.
+            # Measured, ms at 8192 against two of 128 keys: 0.254 and 0.265 for a causal window of
+            # 1024, 0.109 and 0.118 of 256, 0.717 and 0.744 of 4096, 0.279 and 0.287 of 512 on both
+            # sides; without half of q in registers 0.255, without hold 1% slower. All heads at once
+            # 0.262 against 0.266 with sections: neighbours share few keys.
+            consumers, block_n, most = 3, 64, 4
+            section, half_q = spec.batch * spec.nheads, True
     else:
         # q, out, and two blocks each of k and v, all 256 wide, would be 256 KiB.
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
@@ -388,14 +406,19 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     if spec.features.blocks is not None:
         block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
-    free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
+    slots_q = consumers * 2 if max(total, total_v) <= 64 else consumers
+    if alias and spec.varlen is None and not spec.features.mods:  # which are short of registers
+        # The next q is loaded before out has left through q's memory. Measured: full 611, 669 and
+        # 697 at 1024, 2048 and 4096 against 600, 641 and 671.
+        slots_q += 1
+    free = _HOPPER_SHARED - 128 * (total * slots_q + total_v * consumers * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
     more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
     return HopperConfig(
         block_n,
         stages,
         stages + more,
-        stages_q,
+        slots_q,
         consumers,
         dynamic=spec.causal or spec.varlen is not None or spec.features.blocks is not None,
         section=section,
@@ -403,16 +426,20 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         widths_v=widths_v,
         # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
         # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
-        hold=consumers == 2,
+        hold=consumers == 2 or windows,
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
         # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
+        q_in_registers=windows or (consumers == 2 and (not spec.features.mods or half_q)),
         half_q=half_q,
         alias=alias,
         bounded=v3_bounded(spec),
         kept=v3_keeps(spec),
+        # Measured at d128 causal, ms at 8192: documents as a block mask 0.218 against 0.230, packed
+        # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
+        rolling=total == total_v == 128
+        and (spec.varlen is not None or spec.features.blocks is not None),
     )
 
 
@@ -476,9 +503,10 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             )  # fmt: skip
         # Measured: 308, 396, 493 and 522 against 300, 385, 481 and 516 with fold, 298, 373, 460
         # and 489 with neither lag nor late_dv. But packed, with a mask of keys, 447 against 433.
+        # With both and release 484 against 465 at 2048, with release alone 460.
         return HopperBackwardConfig(
             128, 128, 64, 64, 2, 2, late_dv=True, fold=spec.varlen is not None, lag=True,
-            programs=programs, kv_stages=kv_stages,
+            both=plain, release=plain, programs=programs, kv_stages=kv_stages,
         )  # fmt: skip
     width, width_v = (96 if x <= 96 else 128 for x in (spec.headdim, spec.headdim_v))
     if d <= 128 and spec.features.mods:
@@ -492,8 +520,10 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
             64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
             fenced=keys in ((), ("alibi",)), backwards=backwards,
         )  # fmt: skip
-    if d <= 128 and plain and _walks_whole_heads(spec, target):
-        # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full.
+    narrow = width == width_v == 96 and plain and not spec.deterministic
+    if d <= 128 and plain and not narrow and _walks_whole_heads(spec, target):
+        # Measured at 512: 261 against 225 with a program a tile; but 340 against 361 when full. At
+        # d96 199 and 301 against 199 and 304; 221 and 339 with `programs`.
         return HopperBackwardConfig(
             64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
@@ -502,19 +532,34 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
         # do not fit the registers. late_dp causal 337 and 505 against 328 and 487 at 1024 and 4096;
         # full 360, 443 and 572 against 361, 443 and 597.
+        # With release and no fold full 586 and 574 against 575 and 561 at 8192, 359 and 356 at 512;
+        # release alone 573, no fold alone 550; causal 0.95 to 1.02 times as fast.
+        # Measured at d96, full and causal: 489 and 421 at 4096, 497 and 479 at 16384, with lag 484
+        # and 416, 510 and 504; with `programs`, and two tiles of k and v, 475 and 437, 492 and 331.
+        # 96 filled up to 128: 438 and 378, 457 and 468.
         late = spec.causal and plain
+        free = plain and not (spec.causal or spec.deterministic) and width == width_v == 128
+        programs = _programs(spec, target) if narrow and spec.seqlen_q < 4096 else 0
         return HopperBackwardConfig(
-            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, backwards=backwards
-        )
+            64, 128, width, width_v, 2, 2, late_dp=late, late_dv=not late, fold=not free,
+            release=free, lag=narrow and spec.seqlen_q > 4096, backwards=backwards,
+            programs=programs, kv_stages=2 if programs else 1,
+        )  # fmt: skip
     # Measured at d256: 298, 386, 480 and 515 full, 200, 292, 428 and 501 causal, where v2's two
     # kernels have 158 to 198 and 85 to 180. Two blocks of a dout that is 256 wide do not fit.
     wide = 192 if max(spec.headdim, spec.headdim_v) <= 192 else 256
     width, width_v = (wide if x > 128 else 128 for x in (spec.headdim, spec.headdim_v))
     # Measured, ms at 8192 causal: softcap 6.27 against 6.46 with dp begun before p; ALiBi 5.93 and
     # 5.94, a mask of documents 7.49 and 7.26.
+    # Measured at d192, full and causal: in halves 425 and 400 at 4096, 469 and 451 at 16384, else
+    # 418 and 373, 430 and 423; filled up to 256, 360 and 330, 377 and 383. At (192, 128): ahead 422
+    # and 380, 438 and 425, else 388 and 344, 408 and 387; filled up 340 and 313, 359 and 350. At
+    # d192 three blocks of q leave one of dout, and ahead is 419 and 402, 444 and 452.
+    ahead = plain and (width, width_v) == (192, 128)
     return HopperBackwardConfig(
-        64, 64, width, width_v, 2, 1 if width_v == 256 else 2, late_dp="softcap" in uses,
-        backwards=backwards, wide=True,
+        64, 64, width, width_v, 3 if ahead else 2, 1 if width_v == 256 else 2,
+        late_dp="softcap" in uses, backwards=backwards, wide=True,
+        halves=width == width_v == 192, ahead=ahead,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -167,6 +168,15 @@ def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.co
 
 
 @gluon.jit
+def has_read(bar, C: gl.constexpr):
+    """This warpgroup has read a slot. mbarrier.arrive waits for all of its warps."""
+    if C.release:
+        async_copy.mbarrier_arrive(bar, increment_count=False)
+    else:
+        mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
 def start_of_dp(stats, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
     """-delta as an accumulator."""
     minus_delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, LAYOUT))
@@ -282,7 +292,10 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             mbarrier.wait(do_full.index(slot), phase)
             dp_t = products(v, dout, nothing, False)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
-        s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
+        if C.both:
+            s_t, dp_t = warpgroup_mma_wait(0, deps=(s_t, dp_t))
+        else:
+            s_t = warpgroup_mma_wait(0 if C.late_dp else len(dout), deps=(s_t,))
         if MODIFIED:
             p_16, ds_t = s_t.to(ds_smem.dtype), s_t
             if not C.fenced or always:  # over a branch ptxas moves nothing
@@ -309,7 +322,8 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 dp_t = start_of_dp(stats, BLOCK_M, LAYOUT_S)
             dp_t = products(v, dout, dp_t, C.fold)
         if C.late_dv:
-            dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+            if not C.both:
+                dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
         else:
             dv = add_products(p_16, dout, dv)
             dp_t = warpgroup_mma_wait(len(dv), deps=(dp_t,))
@@ -345,9 +359,9 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         else:
             first, second, dq = warpgroup_mma_wait(len(dk), deps=(dv[0], dv[1], dq))
             dv = (first, second)
-        mbarrier.arrive(do_empty.index(slot), count=1)
+        has_read(do_empty.index(slot), C)
         if C.lag:
-            mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
+            has_read(ds_empty.index(i % DS_STAGES), C)
         if C.whole_heads:
             if m < final:
                 finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
@@ -356,7 +370,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = finished(dk)
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        has_read(q_empty.index(slot), C)
         m = next_block(m, blocks, C)
 
     step += group_size * blocks
@@ -366,7 +380,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         dq = start_dq(ds_smem, k_smem, i % DS_STAGES * CONSUMERS, kv, W, C)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         if C.persistent:
-            mbarrier.arrive(ds_empty.index(i % DS_STAGES), count=1)
+            has_read(ds_empty.index(i % DS_STAGES), C)
         hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
 
     # dv and dk leave through the memory of v and k.
@@ -406,16 +420,17 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     dq_smem = gl.allocate_shared_memory(
         gl.float32, [CONSUMERS, PART_ROWS, PART_COLUMNS], Sums.layout
     )
+    READERS: gl.constexpr = CONSUMERS * 128 if C.release else CONSUMERS
     bars = (
         barriers(C.kv_stages * CONSUMERS, 1),
         barriers(C.kv_stages * CONSUMERS, 1),
         barriers(C.stages, 1),
-        barriers(C.stages, CONSUMERS),
+        barriers(C.stages, READERS),
         barriers(C.stages, 1),
-        barriers(C.stages, CONSUMERS),
+        barriers(C.stages, READERS),
         barriers(C.kv_stages, 1),
     )
-    ds_ring = (ds_smem, barriers(DS_STAGES, CONSUMERS), barriers(DS_STAGES, CONSUMERS))
+    ds_ring = (ds_smem, barriers(DS_STAGES, CONSUMERS), barriers(DS_STAGES, READERS))
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
@@ -586,7 +601,9 @@ def _prepare(
     config = tuning.v3_backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
     widths, widths_v = tuning.v3_widths(config.width), tuning.v3_widths(config.width_v)
-    widths_dq = (PART.value, PART.value // 2)[: 1 + (config.width % PART.value > 0 or config.split)]
+    widths_dq = (PART.value, PART.value // 2)[
+        : 1 + (config.width % PART.value > 0 or config.halves)
+    ]
     size_q, size_k = mods.block_sizes(spec.features)
     rows = size_q or block_m
     packed = spec.varlen is not None
@@ -674,7 +691,7 @@ def _prepare(
                 block_n=block_n,
                 width=config.width,
                 width_v=config.width_v,
-                split=config.split,
+                halves=config.halves,
                 ahead=config.ahead,
                 stages=config.stages,
                 dout_stages=config.dout_stages,
@@ -683,6 +700,8 @@ def _prepare(
                 fused=config.fused,
                 fenced=config.fenced,
                 fold=config.fold,
+                both=config.both,
+                release=config.release,
                 lag=config.lag,
                 backwards=config.backwards,
                 causal=spec.causal,

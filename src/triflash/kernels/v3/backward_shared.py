@@ -46,8 +46,8 @@ class Schedule:
     block_n: int
     width: int
     width_v: int
-    split: bool
-    ahead: int
+    halves: bool
+    ahead: bool
     stages: int
     dout_stages: int
     late_dp: bool
@@ -55,6 +55,8 @@ class Schedule:
     fused: bool
     fenced: bool
     fold: bool
+    both: bool
+    release: bool
     lag: bool
     backwards: bool
     causal: bool
@@ -218,7 +220,7 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
 def widths_of(C):
     """The parts of columns that dq is made in, in turn by either warpgroup."""
     widths = [PART.value] * (C.width // PART.value)
-    if C.split and len(widths) % 2:
+    if C.halves and len(widths) % 2:
         return widths[:-1] + [PART.value // 2] * 2
     return widths + [PART.value // 2] * (C.width % PART.value > 0)
 
@@ -439,6 +441,14 @@ def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
     """Block m of a walk along the list of a program's keys, as (first query, partly seen)."""
     _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
     return visited(entries, m * C.block_m, C.size_q)
+
+
+@gluon.jit
+def in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Whether block m of a walk is in the head's list; a walk is as long as the longest list of the
+    heads that share its keys."""
+    count, _entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return m * C.block_m // C.size_q < count
 
 
 @gluon.jit
@@ -693,10 +703,14 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 turn -= begin[0] // C.block_n
             if BlockLists is not None:
                 turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
+            counted = True
+            if BlockLists is not None and C.gqa:
+                counted = in_list(BlockLists, batch, head, tile_n, m, C)
             # They have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
-                pass
-            fence_async_global()
+            if counted:
+                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+                    pass
+                fence_async_global()
         for r in gl.static_range(ROUNDS):
             place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
@@ -718,9 +732,10 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                           places, head, start_m, tile_n, final, dq_smem, r * DQ_BUFFERS + w, w,
                           C)  # fmt: skip
         if C.deterministic:
-            wait_for_reductions()
-            fence_async_global()
-            gl.atomic_add(Turn + row, 1, sem="release")
+            if counted:
+                wait_for_reductions()
+                fence_async_global()
+                gl.atomic_add(Turn + row, 1, sem="release")
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS

@@ -81,7 +81,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
     steps = group_size * blocks
     nothing = gl.zeros([BLOCK_M, KEYS], gl.float32, LAYOUT)
     s_next = nothing
-    if C.ahead:
+    if C.ahead:  # one product more than steps, of whatever lies there
         if steps > 0:
             mbarrier.wait(q_full.index(0), 0)
         s_next = products(tiles_of(q_smem, 0), k, nothing, False)
@@ -246,7 +246,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
             return
     # What those of dk and dv do not need goes to the warpgroup that makes p and ds.
     WIDEST: gl.constexpr = C.width if C.width > C.width_v else C.width_v
-    REGISTERS: gl.constexpr = 192 if WIDEST > 192 else 160 if C.split else 176
+    REGISTERS: gl.constexpr = 192 if WIDEST > 192 else 160 if C.halves else 176
     k_smem = rings(parts(K, K1), 1)
     v_smem = rings(parts(V, V1), 1)
     q_smem = rings(parts(Q, Q1), C.stages)

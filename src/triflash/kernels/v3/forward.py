@@ -56,7 +56,7 @@ class Schedule:
     block_n: int
     stages: int
     stages_k: int
-    stages_q: int
+    slots_q: int
     consumers: int
     dynamic: bool
     hold: bool
@@ -67,6 +67,7 @@ class Schedule:
     bounded: bool
     kept: bool  # a row's maximum is that of its first block; sums out of range raise a flag
     behind: bool  # runs only where the flag is raised
+    rolling: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -88,6 +89,11 @@ class Schedule:
     def fields(self) -> int:
         """Numbers that tell a warpgroup its tile."""
         return 7 if self.packed else 3
+
+    @property
+    def stages_q(self) -> int:
+        """Tiles whose q may be on its way to one warpgroup."""
+        return -(-self.slots_q // self.consumers)
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -143,15 +149,14 @@ def listed(BlockLists, batch, head, start_m, C: gl.constexpr):
 @gluon.jit
 def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_right,
              C: gl.constexpr):  # fmt: skip
-    """The warp that loads: q of each tile, then k and v in the order in which they are used."""
-    STAGES: gl.constexpr = C.stages
+    """The warp that loads: q of each tile, then k and v in the order in which they are used.
+
+    Rolling, the last v of a tile comes behind the first k of the next one.
+    """
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
-    q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
-        shared
-    )
+    q_smem, k_smem, _v, _out, tile_smem, q_full, q_empty, k_full, k_empty, _full, _empty = shared
     tiles, tiles_m, nheads, heads, group_size, section, seqlen_q, seqlen_k, Blocks = sizes
     if C.packed:
         tiles_m = gl.load(Blocks)
@@ -159,6 +164,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     index = gl.program_id(0)
     t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
+    row_v, entry_v, head_v, seqlen_v = 0, 0, 0, 0  # of the block whose v is to come
     while index < tiles:
         if C.packed:
             i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
@@ -178,58 +184,90 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
         following = index + gl.num_programs(0)
-        for i in range(blocks + 1):
-            if i < blocks:
-                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+        for i in range(blocks if C.rolling else blocks + 1):
+            if C.rolling:
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
+                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+                fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
+                     n % STAGES_K, C.parts)  # fmt: skip
+                if n > 0:  # before q, which may wait for the end of the tile before this one
+                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
+                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
+            elif i < blocks:
+                mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+                row = (end - 1 - i) * BLOCK_N
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
-                    slot = t % STAGES_Q * CONSUMERS + w
-                    mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+                    slot, phase = slot_of_q(t, w, C)
+                    mbarrier.wait(q_empty.index(slot), phase ^ 1)
                     if C.packed:
                         publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
                                                   seqlen_k))  # fmt: skip
                     else:
                         publish(tile_smem, slot, (start_m, batch, head))
                     thread_barrier()
-                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
-                         slot, C.parts)  # fmt: skip
-            if i > 0:
-                p = n - 1
-                mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                row = (end - i) * BLOCK_N
-                if BlockLists is not None:
-                    row, _partial = visited(entries, row, C.size_k)
-                fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
-                     p % STAGES, C.parts_v)  # fmt: skip
+                    ready, _phase = full_of_q(t, w, C)
+                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(ready),
+                         q_smem, slot, C.parts)  # fmt: skip
+            if not C.rolling:
+                if i > 0:
+                    fill_v(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, shared, n - 1, C)
             if C.dynamic:
                 # Behind the last load the next tile would wait for the counter: 303 against 322 at
                 # d128 causal, 512. Much earlier, long tiles would be shared out before it is known
                 # who is done first. Every tile has one such step.
-                if i == gl.maximum(blocks - 2, 1):
-                    following = gl.num_programs(0) + draw(Counter, tiles)
+                if i == (gl.maximum(blocks - 3, 0) if C.rolling else gl.maximum(blocks - 2, 1)):
+                    following = gl.num_programs(0) + draw(Counter, tiles, C)
             n += 1
-        n -= 1
+        if not C.rolling:
+            n -= 1
         t += 1
         index = following
+    if C.rolling:
+        if n > 0:
+            fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
     for w in gl.static_range(CONSUMERS):
-        slot = t % STAGES_Q * CONSUMERS + w
-        mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+        slot, phase = slot_of_q(t, w, C)
+        mbarrier.wait(q_empty.index(slot), phase ^ 1)
         if C.packed:
             publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
         else:
             publish(tile_smem, slot, (-1, 0, 0))
-        mbarrier.arrive(q_full.index(slot), count=1)
+        ready, _phase = full_of_q(t, w, C)
+        mbarrier.arrive(q_full.index(ready), count=1)
 
 
 @gluon.jit
-def draw(Counter, tiles):
+def full_of_q(t, W: gl.constexpr, C: gl.constexpr):
+    """The barrier that says that warpgroup W has the q of its t-th tile, and its phase.
+
+    Warpgroups have their own even if they share slots: parities are all that a wait knows, so one
+    for a slot's second use would pass while the first is not over. The producer is never two uses
+    ahead, as it has waited until all have released blocks of k that they used with the first.
+    """
+    return t % C.stages_q * C.consumers + W, t // C.stages_q & 1
+
+
+@gluon.jit
+def slot_of_q(t, W: gl.constexpr, C: gl.constexpr):
+    """Where that q is, and the phase of the barrier that says that the slot is empty."""
+    if C.slots_q % C.consumers == 0:
+        slot, phase = full_of_q(t, W, C)
+    else:
+        slot = (t * C.consumers + W) % C.slots_q
+        phase = (t * C.consumers + W) // C.slots_q & 1
+    return slot, phase
+
+
+@gluon.jit
+def draw(Counter, tiles, C: gl.constexpr):
     """How many tiles were drawn before; there is one draw a tile, the last of which leaves 0."""
-    drawn = gl.atomic_add(Counter, 1)
+    # Nothing else is told by it. But plain calls are not compiled anew for that.
+    drawn = gl.atomic_add(Counter, 1, sem="relaxed" if C.rolling else None)
     if drawn == tiles - 1:
         gl.atomic_xchg(Counter, 0)
     return drawn
@@ -245,6 +283,14 @@ def fill(descs, entry, head, row, seqlen, bar, rings, slot, PARTS: gl.constexpr)
         load(descs[1], entry, head, row, seqlen, bar, rings[1].index(slot),
              descs[0].block_type.shape[-1])  # fmt: skip
     load(descs[0], entry, head, row, seqlen, bar, rings[0].index(slot))
+
+
+@gluon.jit
+def fill_v(V, entry, head, row, seqlen, shared, p, C: gl.constexpr):
+    """Load v of block p of all that are loaded."""
+    v_smem, v_full, v_empty = shared[2], shared[9], shared[10]
+    mbarrier.wait(v_empty.index(p % C.stages), p // C.stages & 1 ^ 1)
+    fill(V, entry, head, row, seqlen, v_full.index(p % C.stages), v_smem, p % C.stages, C.parts_v)
 
 
 @gluon.jit
@@ -273,7 +319,6 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
     Q_IN_REGISTERS: gl.constexpr = C.q_in_registers
@@ -307,7 +352,7 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
     mbarrier.wait(q_full.index(W), 0)
     start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
-        q_slot = t % STAGES_Q * CONSUMERS + W
+        q_slot, _phase = slot_of_q(t, W, C)
         batch = read(tile_smem, C.fields * q_slot + 1)
         head = read(tile_smem, C.fields * q_slot + 2)
         entry_q = batch
@@ -417,7 +462,10 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         if window_left is not None:
             n = pass_by(begin - first, n, bars, W, C)  # before all of their windows
 
-        if not C.alias:
+        if C.alias:  # q's slot, computed again, as registers are scarce
+            o_slot, _phase = slot_of_q(opaque(t), W, C)
+        else:
+            o_slot = W
             tma.store_wait(0)  # the tile before this one
         for part in gl.static_range(PARTS_V):
             factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
@@ -425,10 +473,10 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
             if C.used_q:
                 rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
                 out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
-            tile(o_smem[part], W).store(out)
+            tile(o_smem[part], o_slot).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(o_slot),
                   part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         if C.used_q:
@@ -438,10 +486,11 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
 
         if C.alias:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
+            mbarrier.arrive(q_empty.index(o_slot), count=1)
         t += 1
-        q_slot = t % STAGES_Q * CONSUMERS + W
-        mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
+        ready, phase = full_of_q(t, W, C)
+        mbarrier.wait(q_full.index(ready), phase)
+        q_slot, _phase = slot_of_q(t, W, C)
         start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
 
@@ -804,7 +853,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
-    SLOTS_Q: gl.constexpr = C.consumers * C.stages_q
+    SLOTS_Q: gl.constexpr = C.slots_q
     if C.parts == 1:
         Q_K = ((Q,), (K,))
         q_smem = (buffers(Q, SLOTS_Q),)
@@ -828,7 +877,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     tile_smem = gl.allocate_shared_memory(
         gl.int32, [C.fields * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    q_full = barriers(SLOTS_Q, 1)
+    q_full = barriers(C.stages_q * CONSUMERS, 1)
     q_empty = barriers(SLOTS_Q, 1)
     k_full = barriers(STAGES_K, 1)
     k_empty = barriers(STAGES_K, THREADS * CONSUMERS)
@@ -977,7 +1026,7 @@ def _prepare(
         block_n=config.block_n,
         stages=config.stages,
         stages_k=config.stages_k,
-        stages_q=config.stages_q,
+        slots_q=config.slots_q,
         consumers=config.consumers,
         dynamic=config.dynamic,
         hold=config.hold,
@@ -988,6 +1037,7 @@ def _prepare(
         bounded=config.bounded,
         kept=config.kept and not packed and (whole or not spec.causal),
         behind=False,
+        rolling=config.rolling,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
