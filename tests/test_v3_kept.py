@@ -79,20 +79,16 @@ def test_which_calls_keep_a_maximum():
     assert not keeps(**long, headdim=256)
 
 
-LENGTHS = [(512, 1024), (1000, 1000), (300, 700)]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("headdim", [40, 64, 96, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("steep", [1.0, 40.0, -1e4])
-def test_any_growth(steep, lengths, causal, headdim, device, kept):
+@pytest.mark.parametrize("lengths", [(512, 1024), (1000, 1000)], ids=str)
+def test_any_growth(lengths, causal, headdim, device, kept):
     """The first keys, which come last, have scores that are larger by any factor."""
     case = Case(2, *lengths, 4, 2, headdim, dtype=BF16, causal=causal)
-    inputs = make_inputs(case, device)
-    inputs.k[:, :3] *= steep
-    for _ in range(2):
+    for steep in (1.0, 4.0, 40.0, -1e4, 1.0):
+        inputs = make_inputs(case, device)
+        inputs.k[:, :3] *= steep
         assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
         assert not memory_of_counter(device).any()
 
