@@ -344,10 +344,22 @@ def launches_of(
 
 def compile_v3(call: dict, backward: bool = False) -> dict:
     """What the tests ask of the compiled kernel of `call`; runs in its own process."""
+    [kernel] = compile_all(call, backward)
+    return kernel
+
+
+def compile_all(call: dict, backward: bool = False) -> list[dict]:
+    """The same of each of v3's kernels."""
     gpu, target, _ = aot.TARGETS["sm_90"]
     launches = launches_of(target, backward, **call)
-    [launch] = [x for x in launches if x.kernel.is_gluon()]
-    around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
+    ours = [x for x in launches if x.kernel.is_gluon()]
+    around = [aot.compile_launch(x, gpu).spills for x in launches if not x.kernel.is_gluon()]
+    return [{**code_of(x, backward), "around": around} for x in ours]
+
+
+def code_of(launch, backward: bool) -> dict:
+    """What is asked of one kernel's machine code."""
+    gpu, _, _ = aot.TARGETS["sm_90"]
     with redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
         knobs.nvidia.dump_ptxas_log = True
         compiled = aot.compile_launch(launch, gpu)
@@ -363,7 +375,7 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
         "registers_move": "setmaxnreg.inc" in compiled.asm["ptx"],
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "local_in_loops": [len(re.findall(r"\b(?:LDL|STL)\b", x)) for x in loops(code)],
-        "around": around,
+        "maxima": len(re.findall(r"\bFMNMX\b", loops(code)[0])),
     }
 
 
