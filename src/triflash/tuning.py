@@ -15,7 +15,7 @@ from math import ceil, gcd
 import torch
 
 from triflash.mods import score_bound
-from triflash.spec import PLAIN, AttentionSpec
+from triflash.spec import AttentionSpec
 from triflash.target import Target
 
 
@@ -340,12 +340,14 @@ def v3_keeps(spec: AttentionSpec) -> bool:
     The kernel behind costs 3 us: at 512, of 3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256
     has 1.00. float16 has no room above a maximum that may not be the largest.
     """
+    visible = 1.0
+    if spec.features.window_left is not None:
+        visible = min(1.0, 2.0 * (spec.features.window_left + 128) / max(1, spec.seqlen_k))
     return (
         spec.dtype == torch.bfloat16
-        and spec.features == PLAIN
-        and spec.varlen is None
-        and max(block_d(spec.headdim), block_d(spec.headdim_v)) <= 128
-        and _flops(spec) > 5e10
+        and not v3_bounded(spec)
+        and _widest(spec) <= 128
+        and _flops(spec) * visible > 5e10
     )
 
 
