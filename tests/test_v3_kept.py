@@ -12,7 +12,7 @@ import test_v3
 import torch
 from helpers import assert_within_budget, forget_prepared_launches
 
-from triflash import attention, tuning
+from triflash import attention, flash_attn_varlen_func, tuning
 from triflash.kernels.v3.counters import counter_for
 from triflash.target import Target
 from triflash.testing import Case, compare, make_inputs, run_case
@@ -24,11 +24,7 @@ HOPPER = Target("cuda", "sm_90", 132)
 @pytest.fixture
 def kept(monkeypatch):
     """Calls too small to pay keep it too."""
-
-    def keeps(spec):
-        return spec.dtype == BF16 and not spec.features.mods and spec.varlen is None
-
-    monkeypatch.setattr(tuning, "v3_keeps", keeps)
+    monkeypatch.setattr(tuning, "v3_keeps", lambda spec: spec.dtype == BF16)
     forget_prepared_launches()
     yield
     forget_prepared_launches()
@@ -59,24 +55,40 @@ def test_machine_code(call):
 
 def test_which_calls_keep_a_maximum():
     def keeps(**options) -> bool:
-        options = {
-            "batch": 16,
-            "nheads": 16,
-            "nheads_k": 16,
-            "headdim": 128,
-            "dtype": BF16,
-        } | options
+        large = {"batch": 16, "nheads": 16, "nheads_k": 16, "headdim": 128, "dtype": BF16}
+        long = {"seqlen_q": 4096, "seqlen_k": 4096}
+        options = large | long | options
         return tuning.v3_forward(Case(**options).spec(), HOPPER).kept
 
-    long = {"seqlen_q": 4096, "seqlen_k": 4096}
-    assert keeps(**long)
-    assert keeps(**long, causal=True)
+    assert keeps()
+    assert keeps(causal=True)
+    assert keeps(causal=True, alibi="heads", sinks=torch.float32)
+    assert keeps(causal=True, window_size=(1000, -1))
+    assert not keeps(causal=True, window_size=(1000, -1), batch=1)
+    assert not keeps(alibi="heads")
+    assert not keeps(causal=True, softcap=30.0)
     assert not keeps(seqlen_q=256, seqlen_k=256)
-    assert not keeps(**long, dtype=torch.float16)
-    assert not keeps(**long, window_size=(100, 100))
-    assert not keeps(**long, softcap=60.0)
-    assert not keeps(**long, sinks=torch.float32)
-    assert not keeps(**long, headdim=256)
+    assert not keeps(dtype=torch.float16)
+    assert not keeps(headdim=256)
+
+
+def test_which_rows_see_a_key_of_their_first_block():
+    def seen(call: dict) -> bool:
+        with mock.patch.object(tuning, "v3_keeps", return_value=True):
+            launches = test_v3.launches_of(HOPPER, False, **call)
+        return any(getattr(c, "behind", False) for x in launches for c in x.constexprs)
+
+    causal = {"headdim": 128, "causal": True}
+    assert seen({"headdim": 128, "seqlen_k": 1000})
+    assert seen({"headdim": 128, "packed": True})
+    assert seen({**causal, "feature": "left, causal"})
+    assert seen({**causal, "feature": "sinks"})
+    assert seen({**causal, "packed": True})
+    assert not seen({"headdim": 128, "feature": "both"})
+    assert not seen({**causal, "seqlen_k": 1000})
+    assert not seen({**causal, "feature": "documents"})
+    assert not seen({**causal, "feature": "large blocks"})
+    assert not seen({**causal, "packed": True, "seqused": True})
 
 
 @pytest.mark.gpu
@@ -90,6 +102,48 @@ def test_any_growth(lengths, causal, headdim, device, kept):
         inputs = make_inputs(case, device)
         inputs.k[:, :3] *= steep
         assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
+        assert not memory_of_counter(device).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alibi": "heads", "sinks": torch.float32},
+        {"window_size": (300, -1)},
+        {"softcap": 60.0, "window_size": (200, -1)},
+    ],
+)
+def test_any_growth_under_features(options, device, kept):
+    for lengths in ((1024, 1024), (512, 1024)):
+        case = Case(2, *lengths, 4, 2, 128, dtype=BF16, causal=True, **options)
+        for steep in (1.0, 40.0, -1e3):
+            inputs = make_inputs(case, device)
+            inputs.k[:, ::150] *= steep
+            assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
+            assert not memory_of_counter(device).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_growth_of_packed_sequences(causal, device, kept, monkeypatch):
+    lengths = torch.tensor([0, 700, 1, 300, 0, 1000, 128], device=device)
+    cu_seqlens = lengths.cumsum(0).int()
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (int(lengths.sum()), 4, 64)
+    q, k, v = (torch.randn(shape, device=device, generator=generator).to(BF16) for _ in range(3))
+
+    def packed() -> torch.Tensor:
+        forget_prepared_launches()
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 1000, 1000, causal=causal)
+
+    for steep in (1.0, 40.0):
+        k[5:9] *= steep
+        k[1010:1012] *= steep
+        out = packed()
+        with monkeypatch.context() as exactly:
+            exactly.setattr(tuning, "v3_keeps", lambda spec: False)
+            torch.testing.assert_close(out, packed(), atol=2e-2, rtol=2e-2)
         assert not memory_of_counter(device).any()
 
 

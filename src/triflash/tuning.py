@@ -15,7 +15,7 @@ from math import ceil, gcd
 import torch
 
 from triflash.mods import score_bound
-from triflash.spec import PLAIN, AttentionSpec
+from triflash.spec import AttentionSpec
 from triflash.target import Target
 
 
@@ -337,15 +337,22 @@ def v3_keeps(spec: AttentionSpec) -> bool:
 
     Measured, of the speed with a running maximum, causal and full: d128 1.12 and 1.09 at 16384,
     1.08 and 1.06 at 4096, 1.03 at 1024; d64 1.11 and 1.09, 1.18 and 1.06, 1.11 and 1.15; d96 1.10.
-    The kernel behind costs 3 us: at 512, of 3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256
-    has 1.00. float16 has no room above a maximum that may not be the largest.
+    At 8192 causal, d128 and d64: ALiBi 1.15 and 1.21, a user's scores 1.01 and 1.11, a window of
+    1024 1.16 and 1.09, sinks 1.10, packed 1.05 and 1.14. The kernel behind costs 3 us: at 512, of
+    3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256 has 1.00. float16 has no room above a
+    maximum that may not be the largest.
     """
+    visible = 1.0
+    if spec.features.window_left is not None:
+        visible = min(1.0, 2.0 * (spec.features.window_left + 128) / max(1, spec.seqlen_k))
+    # Far keys come first in a full mask: what an ALiBi there leaves grows, and is done twice, 0.56.
+    grows = bool(spec.features.score_mods) and not spec.causal
     return (
         spec.dtype == torch.bfloat16
-        and spec.features == PLAIN
-        and spec.varlen is None
-        and max(block_d(spec.headdim), block_d(spec.headdim_v)) <= 128
-        and _flops(spec) > 5e10
+        and not v3_bounded(spec)
+        and not grows
+        and _widest(spec) <= 128
+        and _flops(spec) * visible > 5e10
     )
 
 

@@ -1040,7 +1040,7 @@ def _prepare(
         half_q=config.half_q,
         alias=config.alias,
         bounded=config.bounded,
-        kept=config.kept and not packed and (whole or not spec.causal),
+        kept=config.kept and not config.bounded and _seen_at_once(spec, whole, given[2]),
         behind=False,
         rolling=config.rolling,
         parts=len(config.widths),
@@ -1073,6 +1073,16 @@ def _prepare(
         behind if schedule.kept else None,
         list_launch(spec, block_m, of_keys=False) if packed else None,
     )
+
+
+def _seen_at_once(spec: AttentionSpec, whole: bool, used_q: bool) -> bool:
+    """Whether rows see a key of their first block for certain; rows not used may hold anything."""
+    features = spec.features
+    if features.mask_mod is not None or features.blocks is not None or used_q:
+        return False
+    if spec.causal:  # each its own
+        return whole and features.window_right is None
+    return features.window_left is None and features.window_right is None
 
 
 def _of_one_another(sequences: Sequences) -> bool:
