@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -178,3 +178,23 @@ def test_replays_of_a_graph_see_growth(device, kept):
         inputs.k[:, :3] *= steep
         graph.replay()
         assert_within_budget(case, compare(case, inputs, {"out": out, "lse": lse}))
+
+
+@pytest.mark.gpu
+def test_threads_that_share_a_stream(device, kept):
+    """Another thread's kernel does not take the flag down before it was looked at."""
+    case = Case(1, 512, 512, 2, 2, 64, dtype=BF16, causal=True)
+    inputs = make_inputs(case, device)
+    steep = inputs.k.clone()
+    steep[:, :3] *= 50.0
+
+    def many(k: torch.Tensor) -> set[bytes]:
+        options = {"causal": True, "implementation": "v3"}
+        outs = [attention(inputs.q, k, inputs.v, **options) for _ in range(200)]
+        return {out.float().cpu().numpy().tobytes() for out in outs}
+
+    alone = [many(k) for k in (inputs.k, steep)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(many, (inputs.k, steep, steep, inputs.k)))
+    assert [len(bits) for bits in alone] == [1, 1]
+    assert together == [alone[0], alone[1], alone[1], alone[0]]

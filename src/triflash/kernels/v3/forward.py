@@ -12,6 +12,7 @@ once; k and v once for each tile of queries, mostly from L2.
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -941,6 +942,10 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
         )  # fmt: skip
 
 
+# Threads that share a stream share its flag: nothing of theirs may come between the two kernels.
+_PAIR = Lock()
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -974,10 +979,14 @@ def forward(
         blocks = list_blocks(list_tiles, q, k, sequences, most, q.shape[0])
     schedule = launch.constexprs[0]
     counter = counter_for(q.device) if schedule.dynamic or schedule.kept else lse
+    arguments = (q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     with nullcontext() if launch.compiled else mods.explained(spec.features):
-        launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
-        if behind is not None:
-            behind(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
+        if behind is None:
+            launch(*arguments)
+        else:
+            with _PAIR:
+                launch(*arguments)
+                behind(*arguments)
     return out, lse, []
 
 
