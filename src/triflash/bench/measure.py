@@ -78,9 +78,9 @@ def interleaved(
 
     Every round times all contestants, in an order drawn anew (the same in every process): a card
     at its power limit punishes whoever follows a hot one, by up to 8% (measured on an H200), so
-    nobody may always follow the same. Before each call the L2 cache is
-    filled with something else. On a GPU, events around each call are what counts, and the GPU gets
-    enough of a head start that it never waits for Python. `tick` hears what fraction is done.
+    nobody may always follow the same. Before each call the L2 cache is filled with something else.
+    On a GPU, events around each call are what counts, and the GPU gets enough of a head start that
+    it never waits for Python. `tick` hears what fraction is done.
     """
     turn = _gpu_turn if device.type == "cuda" else _cpu_turn
     paces = {name: _pace(timed, plan, device) for name, timed in contestants.items()}
