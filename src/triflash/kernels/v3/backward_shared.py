@@ -32,6 +32,7 @@ from triflash.kernels.v3.tma import (
     fence_async_global,
     load_parts,
     reduce_add,
+    reinterpret,
     store,
     store_parts,
     wait_for_reductions,
@@ -212,7 +213,7 @@ def buffer_of(dq_smem, w, WIDTH: gl.constexpr):
     buffer = dq_smem.index(w)
     if WIDTH < PART:
         SHAPE: gl.constexpr = [WIDTH * PART // PART_COLUMNS, PART_COLUMNS]
-        buffer = buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+        buffer = reinterpret(buffer, buffer.dtype, SHAPE, buffer.layout)
     return buffer
 
 
@@ -258,7 +259,7 @@ def rows_of_unit(C):
 @gluon.jit
 def rounded(dq_smem, w, dQ):
     """Buffer w of parts as one of dq in its dtype."""
-    return dq_smem.index(w)._reinterpret(dQ.dtype, dQ.block_type.shape, dQ.layout)
+    return reinterpret(dq_smem.index(w), dQ.dtype, dQ.block_type.shape, dQ.layout)
 
 
 @gluon.jit

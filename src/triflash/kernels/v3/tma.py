@@ -18,6 +18,14 @@ async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 
 
 @builtin
+def reinterpret(buffer, dtype, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+    """The same shared memory as a tile of another form; a method, whose name Triton 3.9 changed."""
+    names = ("reinterpret", "_reinterpret")
+    method = next(getattr(buffer, name) for name in names if hasattr(buffer, name))
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
+@builtin
 def reduce_add(desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
     """Add a tile in shared memory to the descriptor's tensor, as one bulk operation of L2.
 
