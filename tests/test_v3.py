@@ -345,10 +345,22 @@ def launches_of(
 
 def compile_v3(call: dict, backward: bool = False) -> dict:
     """What the tests ask of the compiled kernel of `call`; runs in its own process."""
+    [kernel] = compile_all(call, backward)
+    return kernel
+
+
+def compile_all(call: dict, backward: bool = False) -> list[dict]:
+    """The same of each of v3's kernels."""
     gpu, target, _ = aot.TARGETS["sm_90"]
     launches = launches_of(target, backward, **call)
-    [launch] = [x for x in launches if x.kernel.is_gluon()]
-    around = [aot.compile_launch(x, gpu).spills for x in launches if x is not launch]
+    ours = [x for x in launches if x.kernel.is_gluon()]
+    around = [aot.compile_launch(x, gpu).spills for x in launches if not x.kernel.is_gluon()]
+    return [{**code_of(x, backward), "around": around} for x in ours]
+
+
+def code_of(launch, backward: bool) -> dict:
+    """What is asked of one kernel's machine code."""
+    gpu, _, _ = aot.TARGETS["sm_90"]
     with redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
         knobs.nvidia.dump_ptxas_log = True
         compiled = aot.compile_launch(launch, gpu)
@@ -364,7 +376,7 @@ def compile_v3(call: dict, backward: bool = False) -> dict:
         "registers_move": "setmaxnreg.inc" in compiled.asm["ptx"],
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "local_in_loops": [len(re.findall(r"\b(?:LDL|STL)\b", x)) for x in loops(code)],
-        "around": around,
+        "maxima": len(re.findall(r"\bFMNMX\b", loops(code)[0])),
     }
 
 
@@ -878,6 +890,21 @@ def test_heads_of_a_group_in_one_program_and_shared_out(
     # Remembered launches are forgotten by `tuned`, before and behind.
     monkeypatch.setattr(tuning, "_splits", lambda *_: splits)
     tuned.of_target(target_of(device))
+    assert_within_budget(case, check_case(case, "v3", device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "feature", ["softcap", "alibi", "soft sign", "softcap, alibi, window", "learned bias"]
+)
+def test_modifications_where_tiles_are_full(feature, headdim, device):
+    """Each head dimension modifies scores in a schedule of its own."""
+    import test_mods
+
+    sizes = {"batch": 2, "seqlen_q": 1000, "seqlen_k": 1100, "nheads": 4, "nheads_k": 2}
+    case = Case(headdim=headdim, dtype=BF16, **sizes, **test_mods.FEATURED[feature])
+    skip_unsupported(case, "v3", device)
     assert_within_budget(case, check_case(case, "v3", device))
 
 

@@ -15,7 +15,7 @@ from math import ceil, gcd
 import torch
 
 from triflash.mods import score_bound
-from triflash.spec import AttentionSpec
+from triflash.spec import PLAIN, AttentionSpec
 from triflash.target import Target
 
 
@@ -47,6 +47,8 @@ class HopperConfig:
         half_q: only half of its columns do.
         alias: out leaves through the shared memory of q, where that is scarce.
         bounded: exponentials are relative to 0 instead of a row's largest score.
+        kept: exponentials are relative to the largest score of a row's first block, where each row
+            has one; another kernel runs behind, for what that is not right for.
         rolling: the first k and q of a tile are loaded before the last v of the one before it.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
@@ -66,6 +68,7 @@ class HopperConfig:
     half_q: bool = False
     alias: bool = False
     bounded: bool = False
+    kept: bool = False
     rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -331,6 +334,23 @@ def v3_bounded(spec: AttentionSpec) -> bool:
     return spec.dtype == torch.bfloat16 and bound is not None and 0.0 <= bound <= 50.0
 
 
+def v3_keeps(spec: AttentionSpec) -> bool:
+    """Whether v3's forward keeps the maximum of a tile's first block, and checks the sums.
+
+    Measured, of the speed with a running maximum, causal and full: d128 1.12 and 1.09 at 16384,
+    1.08 and 1.06 at 4096, 1.03 at 1024; d64 1.11 and 1.09, 1.18 and 1.06, 1.11 and 1.15; d96 1.10.
+    The kernel behind costs 3 us: at 512, of 3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256
+    has 1.00. float16 has no room above a maximum that may not be the largest.
+    """
+    return (
+        spec.dtype == torch.bfloat16
+        and spec.features == PLAIN
+        and spec.varlen is None
+        and max(block_d(spec.headdim), block_d(spec.headdim_v)) <= 128
+        and _flops(spec) > 5e10
+    )
+
+
 def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     """v3's forward, on sm_90 alone.
 
@@ -419,6 +439,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         half_q=half_q,
         alias=alias,
         bounded=v3_bounded(spec),
+        kept=v3_keeps(spec),
         # Measured at d128 causal, ms at 8192: documents as a block mask 0.218 against 0.230, packed
         # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
         rolling=total == total_v == 128
@@ -498,7 +519,8 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         # 3.01, 2.65 and 2.95 with dp begun before p; plain 2.71.
         # At the power limit as parts of plain's speed, in sections both: softcap 0.84, not fenced
         # 0.87, then fused 0.91; a user's soft sign 0.87, not fenced 0.93, as what a derivative
-        # makes of p is multiplied beside the product dp. ALiBi 0.94, fused 1.00; not fenced 0.97.
+        # makes of p is multiplied beside the product dp; a bias by distance 0.94 and 0.98. ALiBi
+        # 0.94, fused 1.00; not fenced 0.97.
         keys = tuple(mod.key for mod in spec.features.score_mods)
         return HopperBackwardConfig(
             64, 128, width, width_v, 2, 2, late_dp=True, fused=v3_fuses(spec),
@@ -628,9 +650,11 @@ def v3_section(spec: AttentionSpec, target: Target, config: HopperBackwardConfig
     """Key heads whose tiles v3's backward takes together, place by place; None: head after head.
 
     Where tiles differ in length the last head's longest would else begin when most of the others
-    are done. As many as give every multiprocessor a tile: measured at d128 causal, 8192: 1.03 times
-    as fast with 2. Where the longest may lie anywhere, eight tiles: documents as a block mask 1.056
-    times with 16, 1.016 with 8, 1.03 with 32, where less stays in L2; packed 1.044.
+    are done. As many as give every multiprocessor a tile. Measured, causal, times as fast: d128
+    1.01, 1.03 and 1.03 to 1.06 at 1024, 4096 and 8192; at 4096 d256 1.02, with four heads a key
+    head 1.19, 1.11 and 1.09 at d128, d64 and d256. Where the longest may lie anywhere, eight tiles:
+    documents as a block mask 1.056 with 16, 1.016 with 8, 1.03 with 32, where less stays in L2;
+    packed 1.044.
     """
     features = spec.features
     if config.programs or spec.deterministic or features.window_left is not None:

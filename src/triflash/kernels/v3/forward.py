@@ -10,7 +10,7 @@ once; k and v once for each tile of queries, mostly from L2.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -65,6 +65,8 @@ class Schedule:
     half_q: bool
     alias: bool
     bounded: bool
+    kept: bool  # a row's maximum is that of its first block; sums out of range raise a flag
+    behind: bool  # runs only where the flag is raised
     rolling: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
@@ -79,6 +81,11 @@ class Schedule:
     used_q: bool  # rows of packed q may take no part
 
     @property
+    def settled(self) -> bool:
+        """Whether no maximum moves behind the first block."""
+        return self.bounded or self.kept
+
+    @property
     def fields(self) -> int:
         """Numbers that tell a warpgroup its tile."""
         return 7 if self.packed else 3
@@ -91,6 +98,8 @@ class Schedule:
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
 THREADS = gl.constexpr(128)  # of one warpgroup
+LIMIT = gl.constexpr(2.0**40)  # of a row's sum under a kept maximum; |v| may be up to 2^87
+FLAG, TICKET = gl.constexpr(8), gl.constexpr(16)  # in the memory of Counter
 SLACK = gl.constexpr(8.0)  # p may be up to 2^8 before the maximum that it is relative to moves
 
 
@@ -305,7 +314,7 @@ def read(tile_smem, i):
 
 
 @gluon.jit
-def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
+def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
              window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
@@ -414,7 +423,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         HIDES: gl.constexpr = (
             C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
         )
-        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C.bounded)
+        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -440,6 +449,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
+        if C.kept:  # also where a sum is NaN
+            flags = Counter + FLAG + gl.zeros_like(l_i).to(gl.int32)
+            gl.store(flags, gl.full_like(l_i, 1.0).to(gl.int32), mask=not_within(l_i))
         sink = None
         if Sinks is not None:
             sink = gl.load(Sinks + head).to(gl.float32)
@@ -481,6 +493,12 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         q_slot, _phase = slot_of_q(t, W, C)
         start_m = read(tile_smem, C.fields * q_slot)
     tma.store_wait(0)
+
+
+@gluon.jit
+def not_within(l_i):
+    """Whether sums are larger than LIMIT, or NaN."""
+    return ~(l_i <= LIMIT)
 
 
 @gluon.jit
@@ -672,10 +690,13 @@ def _HIDE(n):
 
 
 @gluon.jit
-def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr, BOUNDED: gl.constexpr):
-    """`softmax_step`, BOUNDED with 0 for every maximum and 1 for every factor."""
-    if BOUNDED:
+def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr, C: gl.constexpr):
+    """`softmax_step`, bounded with 0 for every maximum, and behind a tile's first block (SLACK)
+    with the maximum that it kept."""
+    if C.bounded:
         m_new, p, alpha = gl.zeros_like(m_i), gl.exp2(s * scale_log2), gl.full_like(m_i, 1.0)
+    elif C.kept and SLACK > 0.0:
+        m_new, p, alpha = m_i, gl.exp2(s * scale_log2 - m_i[:, None]), gl.full_like(m_i, 1.0)
     else:
         m_new, p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK)
     return m_new, p, alpha
@@ -733,8 +754,8 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
     HIDES: gl.constexpr = EDGES or MaskMod is not None or can_hide(ScoreMods)
-    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, C.bounded)
-    if C.bounded:
+    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, C)
+    if C.settled:
         l_i += sum_of_lanes(p)
     else:
         alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
@@ -748,7 +769,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
     acc = finished(acc, C.parts_v)
     release(v_empty.index(slot))
     p = p.to(v_smem[0].dtype)
-    if not C.bounded:
+    if not C.settled:
         if C.parts_v == 1:
             acc = (rescaled(acc[0], alpha),)
         else:
@@ -822,6 +843,13 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     Q1, K1, V1 and Out1 have the columns behind those of Q, K, V and Out, where there are parts.
     Blocks is the list of tiles of packed sequences, whose number is total_q, else None.
     """
+    if C.behind:
+        # By atomics, which one thread does for all: no warp may see what a later one put down.
+        if gl.atomic_add(Counter + FLAG, 0) == 0:
+            return
+        if gl.atomic_add(Counter + TICKET, 1) == gl.num_programs(0) - 1:  # all have seen it
+            gl.atomic_xchg(Counter + FLAG, 0)
+            gl.atomic_xchg(Counter + TICKET, 0)
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
@@ -864,10 +892,10 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 1, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
@@ -877,12 +905,12 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 2, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
@@ -892,14 +920,14 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     else:
         gl.warp_specialize(
             [
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 0, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 1, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 2, C)),
-                (consumer, (shared, V_Out[1], Lse, ScoreMods, MaskMod, Sinks, BlockLists,
-                            softmax_scale, sizes, window_left, window_right, 3, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 0, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 1, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 2, C)),
+                (consumer, (shared, V_Out[1], Lse, Counter, ScoreMods, MaskMod, Sinks,
+                            BlockLists, softmax_scale, sizes, window_left, window_right, 3, C)),
                 (producer, (shared, Q_K[0], Q_K[1], V_Out[0], Counter, BlockLists, sizes,
                             window_left, window_right, C)),
             ],
@@ -931,7 +959,7 @@ def forward(
         return out.zero_(), lse.copy_(sinks.expand_as(lse)), []
     if k.numel() == 0:
         k = v = q  # of which nothing is read
-    launch, list_tiles = _prepare(
+    launch, behind, list_tiles = _prepare(
         spec, target_of(q.device), q.device, q.stride(), k.stride(), v.stride(), kinds(*extras),
         sequences.given, _of_one_another(sequences),
     )  # fmt: skip
@@ -939,9 +967,12 @@ def forward(
     if list_tiles is not None:
         most = most_blocks(q.shape[0], spec.batch, ROWS.value * launch.config.consumers)
         blocks = list_blocks(list_tiles, q, k, sequences, most, q.shape[0])
-    counter = counter_for(q.device) if launch.constexprs[0].dynamic else lse
+    schedule = launch.constexprs[0]
+    counter = counter_for(q.device) if schedule.dynamic or schedule.kept else lse
     with nullcontext() if launch.compiled else mods.explained(spec.features):
         launch(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
+        if behind is not None:
+            behind(q, k, v, out, q, k, v, out, lse, counter, blocks, *extras)
     return out, lse, []
 
 
@@ -956,8 +987,8 @@ def _prepare(
     kinds_of_extras: tuple[object, ...],
     given: tuple[bool, ...],
     self_attention: bool,
-) -> tuple[Launch, Launch | None]:
-    """The launch, and of packed sequences that of the list of their tiles."""
+) -> tuple[Launch, Launch | None, Launch | None]:
+    """The launch, that behind it where a maximum is kept, and that of packed sequences' list."""
     config = tuning.v3_forward(spec, target)
     block_m = ROWS.value * config.consumers
     packed = spec.varlen is not None
@@ -1004,6 +1035,8 @@ def _prepare(
         half_q=config.half_q,
         alias=config.alias,
         bounded=config.bounded,
+        kept=config.kept and not packed and (whole or not spec.causal),
+        behind=False,
         rolling=config.rolling,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
@@ -1017,22 +1050,24 @@ def _prepare(
         packed=packed,
         used_q=given[2],
     )
-    launch = Launch(
-        forward_kernel,
-        programs,
-        (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
-         min(config.section, heads), spec.seqlen_q, spec.seqlen_k,
-         spec.features.window_left, spec.features.window_right),
-        (schedule,),
-        config,
-        tuple(
-            (ragged_view if packed else view)(shape, stride, rows, widths[part], spec.dtype)
-            for part in (0, -1)  # the second is the first again where there is only one
-            for shape, stride, rows, widths in tensors
-        ),
-        partial(_arguments, spec, tuning.v3_fuses(spec)),
-    )  # fmt: skip
-    return launch, list_launch(spec, block_m, of_keys=False) if packed else None
+    views = tuple(
+        (ragged_view if packed else view)(shape, stride, rows, widths[part], spec.dtype)
+        for part in (0, -1)  # the second is the first again where there is only one
+        for shape, stride, rows, widths in tensors
+    )
+    scalars = (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
+               min(config.section, heads), spec.seqlen_q, spec.seqlen_k,
+               spec.features.window_left, spec.features.window_right)  # fmt: skip
+    arrange = partial(_arguments, spec, tuning.v3_fuses(spec))
+    launch, behind = (
+        Launch(forward_kernel, programs, scalars, (of,), config, views, arrange)
+        for of in (schedule, replace(schedule, kept=False, behind=True))
+    )
+    return (
+        launch,
+        behind if schedule.kept else None,
+        list_launch(spec, block_m, of_keys=False) if packed else None,
+    )
 
 
 def _of_one_another(sequences: Sequences) -> bool:
