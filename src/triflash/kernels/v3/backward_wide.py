@@ -181,7 +181,7 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
              IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
     k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done, _ = shared
-    k_full, _, _, q_empty, _, do_empty, _ = bars
+    k_full, _, _, q_empty, do_full, do_empty, _ = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
     W: gl.constexpr = 1 if IS_DK else 0
@@ -206,6 +206,8 @@ def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists
             acc = add_products((ds_t, ds_t), tiles_of(ring, ring_slot), acc)
         else:
             mbarrier.wait(p_full.index(slot), phase)
+            if C.late_dp:  # else dout was there before p
+                mbarrier.wait(do_full.index(ring_slot), i // STAGES & 1)
             p_t = p_smem.index(slot).permute((1, 0))
             acc = add_products((p_t, p_t), tiles_of(ring, ring_slot), acc)
             mbarrier.wait(ds_full.index(slot), phase)

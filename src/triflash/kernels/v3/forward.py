@@ -198,6 +198,8 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             elif i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
+                if BlockLists is not None:
+                    row, _partial = visited(entries, row, C.size_k)
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
@@ -215,7 +217,10 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                          q_smem, slot, C.parts)  # fmt: skip
             if not C.rolling:
                 if i > 0:
-                    fill_v(V, entry_k, head_k, (end - i) * BLOCK_N, seqlen_k, shared, n - 1, C)
+                    row = (end - i) * BLOCK_N
+                    if BlockLists is not None:
+                        row, _partial = visited(entries, row, C.size_k)
+                    fill_v(V, entry_k, head_k, row, seqlen_k, shared, n - 1, C)
             if C.dynamic:
                 # Behind the last load the next tile would wait for the counter: 303 against 322 at
                 # d128 causal, 512. Much earlier, long tiles would be shared out before it is known
