@@ -357,10 +357,11 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if ScoreMods is not None:
             s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
                          False)  # fmt: skip
-        if WINDOW:
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
-        elif C.causal or C.check_keys:
-            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
+        if C.causal or C.check_keys or window_right is not None:
+            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, window_right, C.causal)
+        if window_left is not None:
+            if end - 1 < inner:
+                s = mask_before(s, q_idx, start_n, seqlen_q, seqlen_k, window_left)
         if MaskMod is not None:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
             s = gl.where(seen, s, float("-inf"))
@@ -584,27 +585,42 @@ def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSA
 
 
 @gluon.jit
-def mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
-    """`mask` without windows, for a tile's first block.
+def mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, window_right, CAUSAL: gl.constexpr):
+    """`mask` without a window's left side, for a tile's first block.
 
     There LLVM would make a word of bits of the comparisons and take it apart again, 350
     instructions: with `edges` 293 to 309 at d128 causal, 512.
     """
-    N: gl.constexpr = s.shape[1] // 2  # elements of a thread
     last = q_idx + (seqlen_k - seqlen_q) if CAUSAL else seqlen_k - 1
-    room, s = gl.broadcast(last - keys_of(s, start_n), s)
+    if window_right is not None:
+        last = gl.minimum(q_idx + (seqlen_k - seqlen_q + window_right), last)
+    return hidden(s, last - keys_of(s, start_n), "lt")
+
+
+@gluon.jit
+def mask_before(s, q_idx, start_n, seqlen_q, seqlen_k, window_left):
+    """`mask` of a window's left side alone."""
+    first = q_idx + (seqlen_k - seqlen_q - window_left)
+    return hidden(s, first - keys_of(s, start_n), "gt")
+
+
+@gluon.jit
+def hidden(s, room, HOW: gl.constexpr):
+    """Scores with -inf where the room from a thread's first column in a row is less ("lt") or more
+    ("gt") than the distance of the column from it."""
+    N: gl.constexpr = s.shape[1] // 2  # elements of a thread
+    room, s = gl.broadcast(room, s)
     return gl.inline_asm_elementwise(
-        _HIDE(N), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
+        _HIDE(N, HOW), _IN_PLACE(N, "r"), [s, room], gl.float32, is_pure=True, pack=N
     )
 
 
 @gluon.constexpr_function
-def _HIDE(n):
-    # The distance of a thread's columns from its first, against the room behind that in its row.
+def _HIDE(n, how):
     lines = ["{ .reg .pred p;"]
     for i in range(n):
         column, row = i // 4 * 8 + i % 2, i // 2 % 2
-        lines.append(f"setp.lt.s32 p, ${2 * n + 2 * row}, {column};")
+        lines.append(f"setp.{how}.s32 p, ${2 * n + 2 * row}, {column};")
         lines.append(f"@p mov.f32 ${i}, 0fFF800000;")
     return "\n".join([*lines, "}"])
 
@@ -652,7 +668,10 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
             start = start_n
             if ScoreMods is not None:
                 start = opaque(start_n)
-            s = mask(s, q_idx, start, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+            if C.edges or window_right is not None or (not INSIDE and C.check_keys):
+                s = mask(s, q_idx, start, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+            else:
+                s = mask_before(s, q_idx, start, seqlen_q, seqlen_k, window_left)
     if MaskMod is not None:
         if C.size_k is None:
             edge = True
