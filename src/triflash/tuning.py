@@ -103,7 +103,9 @@ class HopperBackwardConfig:
     programs: int = 0
     kv_stages: int = 1
     whole_heads: bool = False
+    ordered: bool = False
     wide: bool = False
+    section: int = 1
     num_warps: int = 4
     num_stages: int = 1
 

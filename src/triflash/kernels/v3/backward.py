@@ -60,6 +60,7 @@ from triflash.kernels.v3.backward_shared import (
     after_kernel,
     before_kernel,
     edges,
+    first_end,
     head_of,
     last_visit,
     listed,
@@ -195,6 +196,8 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         keys = 0
     edge = edges(start, full, C)
     final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
+    if C.ordered:
+        begun = gl.cdiv(first_end(tile_n, seqlen_q, seqlen_k, window_left, C) - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     if C.persistent and not C.gqa:
@@ -318,6 +321,11 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         if C.whole_heads:
             if m < final:
                 finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
+            else:
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        elif C.ordered:
+            if m < final:
+                finish(dq, dq_smem, dq_full, dq_empty, i, m < begun, softmax_scale, dQ, W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         else:
@@ -446,7 +454,7 @@ def backward(
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
-    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    turn = q.new_zeros(tiles, dtype=torch.int32) if plan.takes_turns else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
@@ -505,6 +513,7 @@ class Plan:
     size_of_sums: int  # of a tile
     block_m: int
     block_n: int
+    takes_turns: bool
 
 
 @lru_cache(maxsize=4096)
@@ -570,6 +579,8 @@ def _prepare(
         describe(shape_k, stride_dk, keys, width, spec.dtype),
         describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
+    finishes = config.whole_heads or config.ordered
+    takes_turns = config.ordered or (spec.deterministic and not config.whole_heads)
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -582,7 +593,7 @@ def _prepare(
             width_v,
             aligned_dlse is not False,
             rows,
-            not config.whole_heads,
+            not finishes,
         ),
         around,
     )
@@ -606,7 +617,7 @@ def _prepare(
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
                 gqa=spec.group_size > 1,
-                deterministic=spec.deterministic and not config.whole_heads,
+                deterministic=takes_turns and not config.ordered,
                 packed=packed,
                 inside=inside,
                 scatter=bool(names_of_sums),
@@ -615,7 +626,9 @@ def _prepare(
                 size_k=size_k,
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
+                ordered=config.ordered,
                 kv_stages=config.kv_stages,
+                section=config.section,
             ),
         ),
         config,
@@ -631,6 +644,6 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    finish = None if config.whole_heads else after
+    finish = None if finishes else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums, block_m,
-                block_n)  # fmt: skip
+                block_n, takes_turns)  # fmt: skip

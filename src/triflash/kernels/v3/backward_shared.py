@@ -56,7 +56,9 @@ class Schedule:
     size_k: int | None
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
+    ordered: bool  # programs finish dq: those of later keys add behind those of earlier ones
     kv_stages: int
+    section: int
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -216,6 +218,14 @@ def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
 
 
 @gluon.jit
+def first_end(tile_n, seqlen_q, seqlen_k, window_left, C: gl.constexpr):
+    """Queries from this one on see none of the keys before tile_n."""
+    start_n = (tile_n - 1) * C.block_n
+    _full, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+    return gl.where(tile_n > 0, end, 0)
+
+
+@gluon.jit
 def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     """What tile pid is: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
@@ -236,6 +246,12 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
         tile_n = pid % tiles_n
         row = pid // tiles_n
+        if C.section > 1:
+            first = row // C.section * C.section
+            heads = gl.minimum(C.section, sizes[6] // tiles_n - first)
+            place = pid - first * tiles_n
+            tile_n = place // heads
+            row = first + place % heads
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -478,6 +494,15 @@ def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
 
 
 @gluon.jit
+def pass_on(Turn, row):
+    """To the program of later keys a tile of dq to which everything of this one has been added."""
+    wait_for_reductions()
+    fence_async_global()
+    if row >= 0:
+        gl.atomic_add(Turn + row, 1, sem="release")
+
+
+@gluon.jit
 def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
         BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
     """The adder's tile pid, as in `produce`."""
@@ -500,6 +525,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
     final = last_visit(tile_n, seqlen_q, seqlen_k, C)
+    if C.ordered:
+        gl.static_assert(ROUNDS == 1)
+        before_row = -1
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
             mbarrier.arrive(dq_empty.index(w), count=1)
@@ -525,7 +553,34 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                 pass
             fence_async_global()
-        for r in gl.static_range(ROUNDS):
+        if C.ordered:
+            begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+            turn = tile_n - begin[0] // C.block_n  # how many programs of earlier keys add to it
+            ends = start_m < final
+            if (turn == 0) | (not ends):
+                for w in gl.static_range(DQ_BUFFERS):
+                    tma.store_wait(DQ_BUFFERS - 1 - w)
+                    mbarrier.arrive(dq_empty.index(w), count=1)
+            # Only now, so that who makes dq does not wait for what others need.
+            pass_on(Turn, before_row)
+            before_row = row
+            if turn > 0:
+                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+                    pass
+                fence_async_global()
+                if ends:
+                    for w in gl.static_range(DQ_BUFFERS):
+                        lend(Sums, row * PARTS + w, dq_smem, dq_empty, True, w)
+            for w in gl.static_range(DQ_BUFFERS):
+                mbarrier.wait(dq_full.index(w), (step + i) & 1)
+                if ends:
+                    store(dQ, places[0], head, start_m + w // COLUMNS * PART, seqlen_q,
+                          rounded(dq_smem, w, dQ), w % COLUMNS * PART)  # fmt: skip
+                elif turn > 0:
+                    reduce_add(Sums, [(row * PARTS + w) * PART_ROWS, 0], dq_smem.index(w))
+                else:
+                    async_store(Sums, [(row * PARTS + w) * PART_ROWS, 0], dq_smem.index(w))
+        for r in gl.static_range(0 if C.ordered else ROUNDS):
             part = row * PARTS + r * DQ_BUFFERS
             for w in gl.static_range(DQ_BUFFERS):
                 tma.store_wait(DQ_BUFFERS - 1 - w)
@@ -550,6 +605,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             wait_for_reductions()
             fence_async_global()
             gl.atomic_add(Turn + row, 1, sem="release")
+    if C.ordered:
+        pass_on(Turn, before_row)
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS
