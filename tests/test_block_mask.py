@@ -91,17 +91,21 @@ def test_lists(by, what, device):
         torch.arange(n).view([-1 if i == axis else 1 for i in range(4)])
         for axis, n in enumerate(shape)
     )
-    seen = _stripes_reference(b, h, q_idx, kv_idx, what["aux"]).expand(shape)
+    inside = torch.ones(shape, dtype=torch.bool)
     position = q_idx + shape[3] - shape[2]
     left, right = what["window_size"] or (None, None)
     right = 0 if what["causal"] else right
     if left is not None:
-        seen = seen & (kv_idx >= position - left)
+        inside = inside & (kv_idx >= position - left)
     if right is not None:
-        seen = seen & (kv_idx <= position + right)
+        inside = inside & (kv_idx <= position + right)
+    seen = inside & _stripes_reference(b, h, q_idx, kv_idx, what["aux"])
     states = states_of(seen, size_q, size_k)
     assert torch.equal(got.states().cpu(), states)
     assert got.sparsity() == pytest.approx(100 * float((states == 0).float().mean()))
+    # Partial ones where the modification hides nothing.
+    hides = states_of(inside & ~seen, size_q, size_k) > 0
+    states = torch.where((states == 1) & ~hides, 3, states)
     for of, counts, entries in (
         (states, got.kv_counts, got.kv_entries),
         (states.transpose(2, 3), got.q_counts, got.q_entries),
@@ -110,10 +114,10 @@ def test_lists(by, what, device):
             of.flatten(0, 2).tolist(), counts.flatten().tolist(), entries.flatten(0, 2).tolist(),
             strict=True,
         ):  # fmt: skip
-            kept = [2 * i + state - 1 for i, state in enumerate(row) if state]
+            kept = [4 * i + state - 1 for i, state in enumerate(row) if state]
             assert listed[:count] == kept
-            assert listed[count:] == [2 * i for i, state in enumerate(row) if not state]
-    order = (got.q_entries.cpu() // 2).long()
+            assert listed[count:] == [4 * i for i, state in enumerate(row) if not state]
+    order = (got.q_entries.cpu() // 4).long()
     ranks = ((states > 0).cumsum(3) - 1).transpose(2, 3).gather(3, order)
     assert torch.equal(got.q_ranks.cpu().long(), ranks)
 

@@ -147,7 +147,8 @@ def _keep(key: tuple[Any, ...], extras: tuple[Tensor, ...], lists: _Lists) -> No
 def _states(
     spec: AttentionSpec, blocks: Blocks, device: torch.device, extras: tuple[Tensor, ...]
 ) -> Tensor:
-    """int8 `(batch, nheads, blocks of queries, blocks of keys)`: 0 empty, 1 partial, 2 full."""
+    """int8 `(batch, nheads, blocks of queries, blocks of keys)`: 0 empty, 1 partial, 2 full, 3
+    partial where the modification hides nothing that causal and window show."""
     shape = blocks.batch, blocks.nheads, *blocks.counts
     states = torch.empty(shape, dtype=torch.int8, device=device)
     if states.numel() == 0 or states.is_meta:  # which has no values
@@ -183,9 +184,12 @@ def _states_by_reference(
         # Keys that fill up the last block are not seen, so that it is not full.
         filled = seen.new_zeros(*shape[:3], states.shape[3] * blocks.size_k)
         filled[..., : blocks.seqlen_k] = seen
+        shown = torch.zeros_like(filled)
+        shown[..., : blocks.seqlen_k] = reference.visible(spec, states.device, queries)
         tiles = filled.unflatten(-1, (-1, blocks.size_k))
         some, every = tiles.any(-1).any(2), tiles.all(-1).all(2)
-        states[:, :, i] = some.to(torch.int8) + every
+        cut = ~every & torch.eq(filled, shown).unflatten(-1, (-1, blocks.size_k)).all(-1).all(2)
+        states[:, :, i] = some * (1 + every + 2 * cut)
     return states
 
 
@@ -193,7 +197,7 @@ def _lists(states: Tensor) -> _Lists:
     kv_counts, kv_entries = _listed(states)
     q_counts, q_entries = _listed(states.transpose(-1, -2).contiguous())
     before = (states > 0).cumsum(-1, dtype=torch.int32) - 1
-    ranks = before.transpose(-1, -2).gather(-1, q_entries // 2)
+    ranks = before.transpose(-1, -2).gather(-1, q_entries // 4)
     return kv_counts, kv_entries.int(), q_counts, q_entries.int(), ranks
 
 
@@ -203,8 +207,8 @@ def _listed(states: Tensor) -> tuple[Tensor, Tensor]:
     A kernel that walks the lists of several heads as if all were as long as the longest visits some
     of these, and finds nothing in them.
     """
-    above = 2 * states.shape[-1]
-    block = torch.arange(0, above, 2, device=states.device)
+    above = 4 * states.shape[-1]
+    block = torch.arange(0, above, 4, device=states.device)
     empty = states == 0
-    entries = (block + (states == 2) + above * empty).sort(-1).values % max(1, above)
+    entries = (block + (states - 1).clamp(min=0) + above * empty).sort(-1).values % max(1, above)
     return (~empty).sum(-1, dtype=torch.int32), entries

@@ -73,8 +73,8 @@ class BlockMask:
         kv_counts: `(batch, nheads, blocks of queries)` int32, how many blocks of keys each sees;
             batch and nheads are 1 if the mask is the same for all.
         kv_entries: `(batch, nheads, blocks of queries, blocks of keys)` int32, which, rising, as
-            2 * block, and 1 more if each of its queries sees each of its keys; behind them
-            the empty ones.
+            4 * block, and 1 more if each of its queries sees each of its keys, or 2 more if not
+            each does, but only because of causal and window_size; behind them the empty ones.
         q_counts, q_entries: the same of the queries for each block of keys.
         q_ranks: for each of q_entries how many blocks of keys its queries see before this one.
         versions: of the tensors of aux when the mask was made.
@@ -103,7 +103,7 @@ class BlockMask:
         of_keys = self.blocks.counts[1]
         listed = torch.arange(of_keys, device=self.kv_counts.device) < self.kv_counts[..., None]
         state = torch.where(listed, self.kv_entries % 2 + 1, 0).to(torch.int8)
-        return torch.zeros_like(state).scatter_(-1, self.kv_entries.long() // 2, state)
+        return torch.zeros_like(state).scatter_(-1, self.kv_entries.long() // 4, state)
 
     def sparsity(self) -> float:
         """Empty blocks of all, in percent; waits for the GPU."""

@@ -125,7 +125,7 @@ def dkdv_kernel(Q, K, V, dOut, Lse, Delta, dK, dV, ScoreMods, MaskMod, BlockList
         head = head_k * group_size + (walked // span if GQA else 0)
         if BlockLists is not None:
             _, entries = block_list(BlockLists, batch, head, start_n // SIZE_K)
-            start_m, partial = visited(entries, start_m, SIZE_Q)
+            start_m, partial, _asked = visited(entries, start_m, SIZE_Q)
         row = lse_offset(batch.to(tl.int64) * nheads_k, head, entry_q, group_size, seqlen_q,
                          total_q)  # fmt: skip
         q = load_tile(Q, entry_q, head, start_m, stride_qb, stride_qs, stride_qh, seqlen_q,
@@ -258,7 +258,7 @@ def dq_kernel(Q, K, V, dOut, Lse, Delta, dQ, ScoreMods, MaskMod, BlockLists, Dro
     for walked in tl.range(begin, end, BLOCK_N):
         start_n, partial = walked, True
         if BlockLists is not None:
-            start_n, partial = visited(entries, walked, SIZE_K)
+            start_n, partial, _asked = visited(entries, walked, SIZE_K)
         k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]

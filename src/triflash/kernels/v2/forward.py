@@ -106,7 +106,7 @@ def forward_kernel(Q, K, V, Out, Lse, ScoreMods, MaskMod, BlockLists, Sinks, Dro
     for walked in tl.range(begin, end, BLOCK_N):
         start_n, partial = walked, True
         if BlockLists is not None:
-            start_n, partial = visited(entries, walked, SIZE_K)
+            start_n, partial, _asked = visited(entries, walked, SIZE_K)
         k = load_tile(K, entry_k, head_k, start_n, stride_kb, stride_ks, stride_kh, seqlen_k,
                       HEADDIM, BLOCK_N, BLOCK_D, CHECK_KEYS, USE_TMA)  # fmt: skip
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]

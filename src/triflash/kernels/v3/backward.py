@@ -233,8 +233,9 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         if MODIFIED:
             head = head_of(at, head_k, blocks, group_size, C)
             start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            asked = True
             if BlockLists is not None:
-                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
+                start_m, partial, asked = listed(BlockLists, batch, head, tile_n, m, C)
         slot = at % STAGES
         phase = at // STAGES & 1
         q = tile(q_smem, slot)
@@ -264,7 +265,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
                 p_t, ds_t = modified(
                     s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    partial, window_left, window_right, ScoreMods, MaskMod, True, C,
+                    partial, asked, window_left, window_right, ScoreMods, MaskMod, True, C,
                 )  # fmt: skip
                 p_16 = p_t.to(q.dtype)
             p_t = ds_t

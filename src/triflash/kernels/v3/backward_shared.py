@@ -303,7 +303,7 @@ def row_of(head, start_m, first, tiles_m, C: gl.constexpr):
 
 @gluon.jit
 def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
-    """Block m of a walk along the list of a program's keys, as (first query, partly seen)."""
+    """Block m of a walk along the list of a program's keys, as `visited` gives it."""
     _count, entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
     return visited(entries, m * C.block_m, C.size_q)
 
@@ -379,14 +379,14 @@ def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
 
 
 @gluon.jit
-def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial,
+def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial, asked,
              window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
     """p for products s under modifications, and what makes ds of it, p * dscore / dmodified.
 
     Derivatives are linear in dscore, so p can take them on before dp is there, and scores are done
     with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
-    causal, window and the end of keys checked, and with lists of blocks MaskMod.
+    causal, window and the end of keys checked, and MaskMod is to be `asked`.
     """
     if ScoreMods is not None:
         score = s * softmax_scale
@@ -400,7 +400,7 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
                            window_right)  # fmt: skip
             p = gl.where(seen, p, 0.0)
     if MaskMod is not None:
-        if partial or C.size_q is None:
+        if asked:
             seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
             p = gl.where(seen, p, 0.0)
     derived = p
@@ -451,7 +451,7 @@ def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Bloc
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
         if BlockLists is not None:
-            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
+            start_m, _partial, _asked = listed(BlockLists, batch, head, tile_n, m, C)
         slot = (step + i) % C.stages
         mbarrier.wait(q_empty.index(slot), (step + i) // C.stages & 1 ^ 1)
         mbarrier.expect(q_full.index(slot), Q.block_type.nbytes + Stats.block_type.nbytes)
@@ -537,7 +537,7 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
         head, m = walk(i, head_k, blocks, group_size, C)
         start_m = start + m * C.block_m
         if BlockLists is not None:
-            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
+            start_m, _partial, _asked = listed(BlockLists, batch, head, tile_n, m, C)
         row = row_of(head, start_m, first, tiles_m, C)
         if C.whole_heads:  # sums of a program's own
             row = (gl.program_id(0) * group_size + head - head_k * group_size) * tiles_m

@@ -74,8 +74,9 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
         if MODIFIED:
             head = head_of(i, head_k, blocks, group_size, C)
             start_m, partial = start + m * BLOCK_M, masked(m, edge, window_left)
+            asked = True
             if BlockLists is not None:
-                start_m, partial = listed(BlockLists, batch, head, tile_n, m, C)
+                start_m, partial, asked = listed(BlockLists, batch, head, tile_n, m, C)
         q_slot = i % C.stages
         do_slot = i % C.dout_stages
         slot = i % P_STAGES
@@ -99,7 +100,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
                 k_pos = positions(tile_n * KEYS + i * zero, KEYS, COLUMNS)[None, :]
                 p, derived = modified(
                     s, lse[:, None], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
-                    partial, window_left, window_right, ScoreMods, MaskMod, False, C,
+                    partial, asked, window_left, window_right, ScoreMods, MaskMod, False, C,
                 )  # fmt: skip
         else:
             p = gl.exp2(s * scale_log2 - lse[:, None])

@@ -172,7 +172,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _partial = visited(entries, row, C.size_k)
+                    row, _partial, _asked = visited(entries, row, C.size_k)
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
@@ -192,7 +192,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
                 row = (end - i) * BLOCK_N
                 if BlockLists is not None:
-                    row, _partial = visited(entries, row, C.size_k)
+                    row, _partial, _asked = visited(entries, row, C.size_k)
                 fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
                      p % STAGES, C.parts_v)  # fmt: skip
             if C.dynamic:
@@ -352,8 +352,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
         start_n = (end - 1) * BLOCK_N
+        asked = True
         if LISTS:
-            start_n, _partial = visited(entries, start_n, C.size_k)
+            start_n, _partial, asked = visited(entries, start_n, C.size_k)
         if ScoreMods is not None:
             s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
                          False)  # fmt: skip
@@ -363,8 +364,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             if end - 1 < inner:
                 s = mask_before(s, q_idx, start_n, seqlen_q, seqlen_k, window_left)
         if MaskMod is not None:
-            seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
-            s = gl.where(seen, s, float("-inf"))
+            if asked:
+                seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
+                s = gl.where(seen, s, float("-inf"))
         HIDES: gl.constexpr = C.causal or C.check_keys or WINDOW or MaskMod is not None
         m_i, p, _alpha = softmax_step(s, m_i, scale_log2, HIDES)
         l_i = sum_of_lanes(p)
@@ -381,11 +383,11 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             if window_left is not None:
                 edge = edge | (block < inner)
             if LISTS:
-                start_n, edge = visited(entries, start_n, C.size_k)
+                start_n, edge, asked = visited(entries, start_n, C.size_k)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
-                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
-                                    seqlen_k, window_left, window_right, ScoreMods, MaskMod,
-                                    LAYOUT_S, W, C)  # fmt: skip
+                                    scale_log2, batch, head, q_idx, start_n, edge, asked,
+                                    seqlen_q, seqlen_k, window_left, window_right, ScoreMods,
+                                    MaskMod, LAYOUT_S, W, C)  # fmt: skip
             n += 1
         if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
             mbarrier.arrive(q_empty.index(q_slot), count=1)
@@ -637,7 +639,7 @@ def sum_of_lanes(p):
 
 @gluon.jit
 def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, batch, head, q_idx,
-         start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+         start_n, edge, asked, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
          LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
@@ -673,9 +675,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
             else:
                 s = mask_before(s, q_idx, start, seqlen_q, seqlen_k, window_left)
     if MaskMod is not None:
-        if C.size_k is None:
-            edge = True
-        if edge:
+        if asked:
             seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
