@@ -197,7 +197,8 @@ def _lists(states: Tensor) -> _Lists:
     kv_counts, kv_entries = _listed(states)
     q_counts, q_entries = _listed(states.transpose(-1, -2).contiguous())
     before = (states > 0).cumsum(-1, dtype=torch.int32) - 1
-    ranks = before.transpose(-1, -2).gather(-1, q_entries // 4)
+    both = before.clamp(min=0) + 65536 * (kv_counts[..., None] - 1 - before)
+    ranks = both.transpose(-1, -2).gather(-1, q_entries // 4)
     return kv_counts, kv_entries.int(), q_counts, q_entries.int(), ranks
 
 

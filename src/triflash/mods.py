@@ -76,7 +76,8 @@ class BlockMask:
             4 * block, and 1 more if each of its queries sees each of its keys, or 2 more if not
             each does, but only because of causal and window_size; behind them the empty ones.
         q_counts, q_entries: the same of the queries for each block of keys.
-        q_ranks: for each of q_entries how many blocks of keys its queries see before this one.
+        q_ranks: for each of q_entries how many blocks of keys its queries see before this one, and
+            65536 times how many behind it.
         versions: of the tensors of aux when the mask was made.
     """
 

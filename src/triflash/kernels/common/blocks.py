@@ -4,9 +4,9 @@ BlockLists is `(counts, entries, rows_b, rows_h, length)`, or None. The list of 
 batch * rows_b + head * rows_h + block, of which the first counts[row] of `length` entries count. An
 entry is 4 * a block on the other side, and 1 more if the block is full, or 2 more if it is partial
 only by causal, a window or the ends: the mask's modification hides nothing else; they rise. Entries
-behind the count are the empty blocks as if they were partial, so to visit them is only a waste. For lists
-of queries a tensor like entries stands behind `length`: how many blocks come before in the list
-that leads back.
+behind the count are the empty blocks as if they were partial, so to visit them is only a waste. For
+lists of queries a tensor like entries stands behind `length`: how many blocks come before in the
+list that leads back, and 65536 times how many come behind.
 """
 
 import triton
@@ -25,7 +25,8 @@ def block_list(BlockLists, batch, head, block):
 
 @triton.jit
 def rank(BlockLists, batch, head, block, i):
-    """How many blocks come before a block of keys in the list of entry i of its own."""
+    """How many blocks come before a block of keys in the list of entry i of its own, and 65536
+    times how many come behind it."""
     row = batch.to(tl.int64) * BlockLists[2] + head * BlockLists[3] + block
     return tl.load(BlockLists[5] + row * BlockLists[4] + i)
 

@@ -60,7 +60,6 @@ from triflash.kernels.v3.backward_shared import (
     after_kernel,
     before_kernel,
     edges,
-    first_end,
     head_of,
     last_visit,
     listed,
@@ -77,7 +76,7 @@ from triflash.kernels.v3.backward_shared import (
 )
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
 from triflash.kernels.v3.tma import barriers, buffers, flat_view, meet, ragged_view, tile, view
-from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
+from triflash.spec import NOT_PACKED, PLAIN, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
 
 CONSUMERS = gl.constexpr(2)
@@ -168,7 +167,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
-     done) = shared  # fmt: skip
+     done, modes) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
@@ -196,8 +195,6 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         keys = 0
     edge = edges(start, full, C)
     final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
-    if C.ordered:
-        begun = gl.cdiv(first_end(tile_n, seqlen_q, seqlen_k, window_left, C) - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     if C.persistent and not C.gqa:
@@ -325,8 +322,10 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         elif C.ordered:
-            if m < final:
-                finish(dq, dq_smem, dq_full, dq_empty, i, m < begun, softmax_scale, dQ, W)
+            mbarrier.wait(dq_empty.index(W), i & 1)
+            mode = gl.max(modes.index(W).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            if mode > 0:
+                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         else:
@@ -391,9 +390,14 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
+    modes = None
+    if C.ordered:
+        modes = gl.allocate_shared_memory(
+            gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
-              dq_empty, done)  # fmt: skip
+              dq_empty, done, modes)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
     gl.warp_specialize(
         [
@@ -460,7 +464,8 @@ def backward(
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
     inputs = (out, dout, lse, dlse)
-    plan.before(*inputs, stats, sums, cu_seqlens_q, seqused_q, total_q, programs=tiles)
+    where = (cu_seqlens_q, seqused_q, total_q)
+    plan.before(*inputs, stats, sums, *where, dq, *extras, programs=tiles)
     with mods.explained(features) if features.mods else nullcontext():
         arguments = (q, k, v, dout, stats, sums, dq, dk, dv, turn, blocks)
         plan.backward(*arguments, *extras, *aux_sums.values(), programs=programs)
@@ -499,6 +504,13 @@ def _arguments(
     named = dict(zip(names_of_sums, aux_sums, strict=True))
     modifications = mods.backward_arguments(features, extras, named, approximate=True)
     return turn, blocks, *modifications, mods.query_lists(features, extras)
+
+
+def _arguments_before(features: Features, *tensors: Any) -> tuple[Any, ...]:
+    """before_kernel's; dq and extras come last, and are for the lists of blocks alone."""
+    *others, dq = tensors[:10]
+    lists = mods.key_lists(features, tensors[10:])
+    return *others, None if lists is None else dq, lists
 
 
 @dataclass(frozen=True)
@@ -588,6 +600,7 @@ def _prepare(
         tiles,
         (*stride_o, *entry_strides(stride_dout), spec.nheads, spec.seqlen_q, sequences),
         (
+            spec.headdim,
             spec.headdim_v,
             block_m,
             width,
@@ -597,6 +610,7 @@ def _prepare(
             not finishes,
         ),
         around,
+        arrange=partial(_arguments_before, spec.features if config.ordered else PLAIN),
     )
     backward = Launch(
         backward_wide.backward_kernel if config.wide else backward_kernel,

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
-from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.varlen import PACKED, lse_offset
@@ -27,6 +27,7 @@ from triflash.kernels.v3.tma import (
     load,
     reduce_add,
     store,
+    thread_barrier,
     wait_for_reductions,
 )
 
@@ -56,7 +57,7 @@ class Schedule:
     size_k: int | None
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
-    ordered: bool  # programs finish dq: those of later keys add behind those of earlier ones
+    ordered: bool  # programs finish dq, see `turn_of`
     kv_stages: int
     section: int
 
@@ -76,14 +77,15 @@ UNSPECIALIZED = [
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
             do_not_specialize_on_alignment=PACKED)  # fmt: skip
-def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total_q, stride_ob,
-                  stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads, seqlen_q,
-                  sequences, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr,
-                  ROWS: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
+def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total_q, dQ, BlockLists,
+                  stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, nheads,
+                  seqlen_q, sequences, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                  HAS_DLSE: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
     """One tile of queries: lse in base 2 and delta to Stats [2, BLOCK_M], and zero to its sums.
 
-    A head has tiles up to a multiple of ROWS. Sums are left alone if not ZERO.
+    A head has tiles up to a multiple of ROWS. Sums are left alone if not ZERO; with BlockLists of
+    blocks of ROWS queries, dQ of those that see no block gets zeros.
     """
     pid = tl.program_id(0)
     if CuSeqlensQ is None:
@@ -120,6 +122,13 @@ def before_kernel(Out, dOut, Lse, dLse, Stats, Sums, CuSeqlensQ, SeqUsedQ, total
     if ZERO:
         sums = Sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_D)
         tl.store(sums + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    if BlockLists is not None:
+        seen, _ = block_list(BlockLists, batch, head, start_m // ROWS)
+        if seen == 0:
+            columns = tl.arange(0, BLOCK_D)[None, :]
+            dq = dQ + (batch * seqlen_q + offs_m.to(tl.int64)[:, None]) * nheads * HEADDIM
+            tl.store(dq + head * HEADDIM + columns, tl.zeros([BLOCK_M, BLOCK_D], dQ.dtype.element_ty),
+                     mask=exist[:, None] & (columns < HEADDIM))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nheads", "seqlen_q", "total_q", "sequences"],
@@ -218,14 +227,6 @@ def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
 
 
 @gluon.jit
-def first_end(tile_n, seqlen_q, seqlen_k, window_left, C: gl.constexpr):
-    """Queries from this one on see none of the keys before tile_n."""
-    start_n = (tile_n - 1) * C.block_n
-    _full, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
-    return gl.where(tile_n > 0, end, 0)
-
-
-@gluon.jit
 def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     """What tile pid is: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
@@ -252,6 +253,8 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
             place = pid - first * tiles_n
             tile_n = place // heads
             row = first + place % heads
+        if C.ordered and not C.backwards:
+            tile_n = tiles_n - 1 - tile_n
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -312,8 +315,8 @@ def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
 def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
     """How many programs of earlier keys add to block m's dq."""
     PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
-    before = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
-    return before * PROGRAMS + tile_n % PROGRAMS
+    ranks = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
+    return ranks % 65536 * PROGRAMS + tile_n % PROGRAMS
 
 
 @gluon.jit
@@ -429,7 +432,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
 def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, pid,
             before, step, C: gl.constexpr):  # fmt: skip
     """The producer's tile pid, behind `before` others and `step` steps; returns those behind it."""
-    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
+    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty, kv_empty = bars
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
@@ -494,8 +497,42 @@ def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
 
 
 @gluon.jit
+def turn_of(BlockLists, batch, head, tile_n, m, start_m, seqlen_q, seqlen_k, window_left,
+            window_right, C: gl.constexpr):  # fmt: skip
+    """How many programs add to a tile of dq before that of tile_n, and whether none does after it.
+
+    Programs that start first come first: those of earlier keys if they walk backwards, else those
+    of later keys. Then who starts a window or a causal document at the same time never waits.
+    """
+    if BlockLists is not None:
+        PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
+        ranks = rank(BlockLists, batch, head, tile_n // PROGRAMS, m * C.block_m // C.size_q)
+        before = ranks % 65536 * PROGRAMS + tile_n % PROGRAMS
+        after = ranks // 65536 * PROGRAMS + PROGRAMS - 1 - tile_n % PROGRAMS
+    else:
+        _full, end = key_range(start_m, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal,
+                               window_right)  # fmt: skip
+        before = tile_n
+        if window_left is not None:
+            begin, _full = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+            before -= begin // C.block_n
+        after = gl.cdiv(end, C.block_n) - 1 - tile_n
+    if not C.backwards:
+        before, after = after, before
+    return before, after == 0
+
+
+@gluon.jit
+def say(modes, w: gl.constexpr, mode):
+    """What is to be done with part w of dq: 0 hand it on, 1 round it, 2 add the sums first."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    modes.index(w).store(gl.full([1], mode, gl.int32, ONE))
+    thread_barrier()
+
+
+@gluon.jit
 def pass_on(Turn, row):
-    """To the program of later keys a tile of dq to which everything of this one has been added."""
+    """To the next program a tile of dq to which everything of this one has been added."""
     wait_for_reductions()
     fence_async_global()
     if row >= 0:
@@ -554,12 +591,13 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 pass
             fence_async_global()
         if C.ordered:
-            begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
-            turn = tile_n - begin[0] // C.block_n  # how many programs of earlier keys add to it
-            ends = start_m < final
-            if (turn == 0) | (not ends):
+            turn, ends = turn_of(BlockLists, batch, head, tile_n, m, start_m, seqlen_q, seqlen_k,
+                                 window_left, window_right, C)  # fmt: skip
+            filled = ends & (turn > 0)
+            if not filled:
                 for w in gl.static_range(DQ_BUFFERS):
                     tma.store_wait(DQ_BUFFERS - 1 - w)
+                    say(shared[11], w, ends.to(gl.int32))
                     mbarrier.arrive(dq_empty.index(w), count=1)
             # Only now, so that who makes dq does not wait for what others need.
             pass_on(Turn, before_row)
@@ -568,8 +606,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                     pass
                 fence_async_global()
-                if ends:
+                if filled:
                     for w in gl.static_range(DQ_BUFFERS):
+                        say(shared[11], w, 2)
                         lend(Sums, row * PARTS + w, dq_smem, dq_empty, True, w)
             for w in gl.static_range(DQ_BUFFERS):
                 mbarrier.wait(dq_full.index(w), (step + i) & 1)
