@@ -390,7 +390,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
-    modes = None
+    modes = dq_full  # stands for nothing: a tuple with a name cannot hold None
     if C.ordered:
         modes = gl.allocate_shared_memory(
             gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -235,7 +235,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     done = barriers(1, 2)
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
-              dq_empty, done, None)  # fmt: skip
+              dq_empty, done, done)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
     gl.warp_specialize(
         [
