@@ -349,6 +349,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             pass_turn(W, CONSUMERS)
         s = warpgroup_mma_wait(0, deps=(s,))
         release(k_empty.index(n % STAGES_K))
+        if C.alias and STAGES_Q > 1:  # the memory that the tile before this one left through
+            tma.store_wait(0)
+            if t > 0:
+                mbarrier.arrive(q_empty.index((t - 1) % STAGES_Q * CONSUMERS + W), count=1)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
         s = signed(s, C.scale_sign)
         start_n = (end - 1) * BLOCK_N
@@ -412,10 +416,11 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             if C.used_q:
                 rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
                 out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
-            tile(o_smem[part], W).store(out)
+            tile(o_smem[part], q_slot if C.alias else W).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+            store(Out[part], entry_q, head, start_m, rows_q,
+                  o_smem[part].index(q_slot if C.alias else W),
                   part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         if C.used_q:
@@ -423,7 +428,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         lse_row = Lse + lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
         gl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
 
-        if C.alias:
+        if C.alias and STAGES_Q == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         t += 1
