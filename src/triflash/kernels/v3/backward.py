@@ -115,18 +115,21 @@ def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr):
 
 
 @gluon.jit
-def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
+def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr, ORDERED: gl.constexpr = False):
     """Part W of dq to the warp that adds it."""
-    mbarrier.wait(dq_empty.index(W), i & 1)
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     dq_smem.index(W).store(pack(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
 
 @gluon.jit
-def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
-    """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
-    mbarrier.wait(dq_empty.index(W), i & 1)
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr,
+           ORDERED: gl.constexpr = False):  # fmt: skip
+    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it."""
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     dq = pack(dq)
     if begun:
         dq += dq_smem.index(W).load(dq.type.layout)
@@ -325,9 +328,9 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             mbarrier.wait(dq_empty.index(W), i & 1)
             mode = gl.max(modes.index(W).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
             if mode > 0:
-                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W)
+                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W, True)
             else:
-                hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W, True)
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))

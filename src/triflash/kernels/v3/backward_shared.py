@@ -312,6 +312,14 @@ def listed(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
 
 
 @gluon.jit
+def in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
+    """Whether block m of a walk is in the list; heads that share keys are walked as far as the
+    longest of their lists."""
+    count, _entries = block_list(BlockLists, batch, head, tile_n * C.block_n // C.size_k)
+    return m * C.block_m // C.size_q < count
+
+
+@gluon.jit
 def turn_in_list(BlockLists, batch, head, tile_n, m, C: gl.constexpr):
     """How many programs of earlier keys add to block m's dq."""
     PROGRAMS: gl.constexpr = C.size_k // C.block_n  # of one block of keys
@@ -580,6 +588,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             row = (gl.program_id(0) * group_size + head - head_k * group_size) * tiles_m
             row += start_m // C.block_m
         if C.deterministic:
+            counted = True
+            if BlockLists is not None and C.gqa:
+                counted = in_list(BlockLists, batch, head, tile_n, m, C)
             turn = tile_n  # how many programs of earlier keys add to this tile
             if window_left is not None:
                 begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
@@ -587,9 +598,10 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             if BlockLists is not None:
                 turn = turn_in_list(BlockLists, batch, head, tile_n, m, C)
             # They have smaller numbers, so they are running or done.
-            while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
-                pass
-            fence_async_global()
+            if counted:
+                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+                    pass
+                fence_async_global()
         if C.ordered:
             turn, ends = turn_of(BlockLists, batch, head, tile_n, m, start_m, seqlen_q, seqlen_k,
                                  window_left, window_right, C)  # fmt: skip
@@ -599,13 +611,15 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                     tma.store_wait(DQ_BUFFERS - 1 - w)
                     say(shared[11], w, ends.to(gl.int32))
                     mbarrier.arrive(dq_empty.index(w), count=1)
-            # Only now, so that who makes dq does not wait for what others need.
-            pass_on(Turn, before_row)
-            before_row = row
+            # Waits for others while what this one added last is under way to memory; nobody whom it
+            # waits for waits for that.
             if turn > 0:
                 while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                     pass
                 fence_async_global()
+            pass_on(Turn, before_row)
+            before_row = row
+            if turn > 0:
                 if filled:
                     for w in gl.static_range(DQ_BUFFERS):
                         say(shared[11], w, 2)
@@ -641,9 +655,10 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 else:
                     reduce_add(Sums, [(part + w) * PART_ROWS, 0], dq_smem.index(w))
         if C.deterministic:
-            wait_for_reductions()
-            fence_async_global()
-            gl.atomic_add(Turn + row, 1, sem="release")
+            if counted:
+                wait_for_reductions()
+                fence_async_global()
+                gl.atomic_add(Turn + row, 1, sem="release")
     if C.ordered:
         pass_on(Turn, before_row)
 
