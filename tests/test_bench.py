@@ -301,7 +301,7 @@ def test_causal_lengths_that_differ():
 # The clock
 
 
-def test_rounds_interleave_and_rotate(monkeypatch):
+def test_rounds_interleave_and_nobody_always_follows_the_same(monkeypatch):
     order = []
 
     def turn(timed, pace, device):
@@ -310,12 +310,19 @@ def test_rounds_interleave_and_rotate(monkeypatch):
 
     monkeypatch.setattr(measure, "_cpu_turn", turn)
     timed = {name: measure.Timed(lambda name=name: name) for name in "abc"}
-    plan = Plan("quick", rounds=3, round_ms=0, settle_ms=0)
+    plan = Plan("quick", rounds=12, round_ms=0, settle_ms=0)
     heard = []
     rounds = measure.interleaved(timed, plan, torch.device("cpu"), heard.append)
-    assert "".join(order) == "abcbcacab"
-    assert rounds == {name: [1.0] * 3 for name in "abc"}
+    turns = ["".join(order[i : i + 3]) for i in range(0, 36, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    for name in "abc":  # within a round it follows each of the others at some time, or begins
+        others = {turn[turn.index(name) - 1] for turn in turns if turn[0] != name}
+        assert others == {*"abc"} - {name}
+    assert rounds == {name: [1.0] * 12 for name in "abc"}
     assert sum(heard) == pytest.approx(1.0)
+    order.clear()
+    measure.interleaved(timed, plan, torch.device("cpu"))
+    assert "".join(turns) == "".join(order)
 
 
 def test_the_backward_is_timed_alone(add):

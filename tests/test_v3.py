@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from helpers import assert_within_budget, skip_unsupported, unexplained_races
 
-from triflash import attention, mods, registry
+from triflash import attention, flash_attn_varlen_func, mods, registry, tuning
 from triflash.spec import (
     FEATURES,
     PLAIN,
@@ -378,6 +378,15 @@ def error_of_a_tile() -> str:
     return str(caught.value)
 
 
+def asks_for_delta(feature: str) -> bool:
+    """Whether the backward takes delta apart from the statistics for gradients of extras."""
+    from triflash.kernels.v3 import backward
+
+    with mock.patch.object(backward, "_rows_of", wraps=backward._rows_of) as rows:
+        launches_of(HOPPER, backward=True, headdim=128, causal=True, feature=feature)
+    return rows.called
+
+
 @pytest.fixture(scope="module")
 def compiling():
     """Calls a function in a process where Triton's interpreter is off."""
@@ -451,6 +460,12 @@ def test_machine_code_of_the_backward(call, compiler):
     assert kernel["stack"] <= stack
     assert kernel["registers_move"]
     assert not any(kernel["around"])
+
+
+def test_delta_is_taken_apart_for_sinks_alone(compiling):
+    features = ("softcap", "learned bias", "sinks", "sinks, learned bias")
+    asked = {feature: compiling(asks_for_delta, feature) for feature in features}
+    assert asked == {feature: "sinks" in feature for feature in features}
 
 
 @pytest.mark.parametrize(
@@ -735,6 +750,75 @@ def test_programs_that_walk_several_tiles(shape, causal, device):
     out = attention(*leaves, causal=causal, deterministic=True, implementation="v3")
     twice = [torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *twice))
+
+
+def _sectioned(kind: str, headdim: int) -> Case:
+    """5 rows of batch and key head, so that sections of 2 leave one over."""
+    case = Case(
+        batch=1, seqlen_q=700, seqlen_k=700, nheads=5, nheads_k=5, headdim=headdim, dtype=BF16,
+        causal=True,
+    )  # fmt: skip
+    if kind == "gqa":
+        return replace(case, batch=5, nheads=4, nheads_k=1, seqlen_k=800)
+    if kind == "blocks":
+        import test_mods
+
+        blocks = test_mods.FEATURED["large blocks"]
+        return replace(case, **blocks, batch=5, nheads=2, nheads_k=1, causal=True)
+    return case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["heads", "gqa", "blocks"])
+def test_tiles_of_heads_in_sections(kind, headdim, device, tuned, monkeypatch):
+    case = _sectioned(kind, headdim)
+    skip_unsupported(case, "v3", device)
+    # Remembered launches are forgotten by `tuned`, before and behind.
+    monkeypatch.setattr(tuning, "v3_section", lambda *_: 2)
+    tuned.of_target(target_of(device))
+    assert_within_budget(case, check_case(case, "v3", device))
+
+
+@pytest.mark.gpu
+def test_tiles_of_packed_heads_in_sections(device, tuned, monkeypatch):
+    lengths = [700, 0, 130, 900, 64]
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    tensors = [
+        torch.randn(sum(lengths), 3, 128, device=device, dtype=BF16).requires_grad_()
+        for _ in range(3)
+    ]
+    q = tensors[0]
+    reason = registry.get("v3").supports(Case(dtype=BF16).spec(), target_of(device))
+    if reason is not None:
+        pytest.skip(reason)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        tuned.of_target(target_of(device))  # which forgets remembered launches
+        out = flash_attn_varlen_func(
+            *tensors, cu_seqlens, cu_seqlens, 900, 900, causal=True, implementation="v3"
+        )
+        return torch.autograd.grad(out, tensors, torch.ones_like(q))
+
+    monkeypatch.setattr(tuning, "v3_section", lambda *_: None)
+    expected = gradients()
+    monkeypatch.setattr(tuning, "v3_section", lambda *_: 2)
+    dq, dk, dv = gradients()
+    # A program does the same work wherever it is in the order; dq is added to in any order.
+    assert torch.equal(dk, expected[1])
+    assert torch.equal(dv, expected[2])
+    torch.testing.assert_close(dq, expected[0], rtol=2e-2, atol=2e-2)
+
+
+def test_sections_give_every_multiprocessor_a_tile():
+    def section(seqlen: int, **options) -> int | None:
+        case = Case(1, seqlen, seqlen, 16, 16, 128, dtype=BF16, **{"causal": True, **options})
+        spec = case.spec()
+        return tuning.v3_section(spec, HOPPER, tuning.v3_backward(spec, HOPPER))
+
+    assert [section(n) for n in (1024, 4096, 8192, 16384, 65536)] == [16, 4, 2, 1, 1]
+    assert section(8192, causal=False) is None
+    assert section(8192, window_size=(100, None)) is None
 
 
 @pytest.mark.gpu

@@ -524,11 +524,15 @@ def gradients(
     extras: tuple[Tensor, ...],
     sums: dict[str, Tensor],
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
 ) -> list[Tensor]:
-    """The gradients of extras, once kernels have run; lse and delta as in `gradient_of_sinks`."""
+    """The gradients of extras, once kernels have run; lse and delta as in `gradient_of_sinks`.
+
+    delta may be None if sinks have no gradient.
+    """
     named = features.named(extras)
     if "sinks" in features.with_grad:
+        assert delta is not None
         sums["sinks"] = gradient_of_sinks(named["sinks"], lse, delta)
     return [
         sums[name].to(named[name].dtype) if name in sums else torch.zeros_like(named[name])

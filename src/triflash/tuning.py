@@ -105,7 +105,6 @@ class HopperBackwardConfig:
     whole_heads: bool = False
     ordered: bool = False
     wide: bool = False
-    section: int = 1
     num_warps: int = 4
     num_stages: int = 1
 
@@ -487,6 +486,28 @@ def _programs(spec: AttentionSpec, target: Target) -> int:
         while gcd(programs, -(-spec.seqlen_k // 128)) > 1:
             programs -= 1
     return programs
+
+
+def v3_section(spec: AttentionSpec, target: Target, config: HopperBackwardConfig) -> int | None:
+    """Key heads whose tiles v3's backward takes together, place by place; None: head after head.
+
+    Where tiles differ in length the last head's longest would else begin when most of the others
+    are done. As many as give every multiprocessor a tile: measured at d128 causal, 8192: 1.03 times
+    as fast with 2. Where the longest may lie anywhere, eight tiles: documents as a block mask 1.056
+    times with 16, 1.016 with 8, 1.03 with 32, where less stays in L2; packed 1.044.
+    """
+    features = spec.features
+    if config.programs or spec.deterministic or features.window_left is not None:
+        return None
+    if spec.varlen is not None:
+        tiles, each = spec.varlen.rows_k, 8
+    elif features.blocks is not None:
+        tiles, each = spec.seqlen_k, 8
+    elif spec.causal:
+        tiles, each = spec.seqlen_k, 1
+    else:
+        return None
+    return max(1, each * target.num_sms // max(1, -(-tiles // config.block_n)))
 
 
 def v3_around_backward(spec: AttentionSpec, target: Target) -> TileConfig:

@@ -359,7 +359,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreMods, MaskMod,
                     BlockLists, softmax_scale, nheads, nheads_k, group_size, seqlen_q, seqlen_k,
-                    window_left, window_right, tiles, C: gl.constexpr):  # fmt: skip
+                    window_left, window_right, tiles, section, C: gl.constexpr):  # fmt: skip
     """One program a block of keys of a key head.
 
     Blocks is the list of blocks of keys of packed sequences, whose number is that of the tiles of
@@ -401,7 +401,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
               dq_empty, done, modes)  # fmt: skip
-    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
+    sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
             (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
@@ -477,7 +477,9 @@ def backward(
         plan.after(sums, dq, cu_seqlens_q, total_q, programs=tiles * parts)
     if not features.with_grad:
         return dq, dk, dv
-    delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
+    delta = None
+    if "sinks" in features.with_grad:  # which alone need it
+        delta = -_rows_of(stats, plan.block_m, spec, q, cu_seqlens_q)
     return dq, dk, dv, *mods.gradients(features, extras, aux_sums, lse, delta)
 
 
@@ -620,7 +622,7 @@ def _prepare(
         programs,
         (spec.softmax_scale, spec.nheads, spec.nheads_k, spec.group_size, spec.seqlen_q,
          spec.seqlen_k, spec.features.window_left, spec.features.window_right,
-         tiles_k),
+         tiles_k, tuning.v3_section(spec, target, config)),
         (
             Schedule(
                 block_m=block_m,
@@ -646,7 +648,6 @@ def _prepare(
                 whole_heads=config.whole_heads,
                 ordered=config.ordered,
                 kv_stages=config.kv_stages,
-                section=config.section,
             ),
         ),
         config,

@@ -59,7 +59,6 @@ class Schedule:
     whole_heads: bool  # those of a head, one program
     ordered: bool  # programs finish dq, see `turn_of`
     kv_stages: int
-    section: int
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
@@ -71,7 +70,7 @@ DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes 
 # Parameters of the kernels that programs are not compiled anew for.
 UNSPECIALIZED = [
     "nheads", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right",
-    "tiles",
+    "tiles", "section",
 ]  # fmt: skip
 
 
@@ -227,6 +226,20 @@ def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
 
 
 @gluon.jit
+def place_of(pid, tiles_n, rows, section):
+    """Program pid as (tile of tiles_n, row): row after row, or the first tiles of `section` rows,
+    then their second ones and so on."""
+    if section is None:
+        tile_n, row = pid % tiles_n, pid // tiles_n
+    else:
+        first = pid // (section * tiles_n) * section
+        heads = gl.minimum(section, rows - first)
+        place = pid - first * tiles_n
+        tile_n, row = place // heads, first + place % heads
+    return tile_n, row
+
+
+@gluon.jit
 def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     """What tile pid is: (tile_n, batch, head_k, first query, full, blocks a head, places).
 
@@ -234,25 +247,19 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
 
     Blocks of queries from full[0] on, and before full[1] if there is a left window, need no mask.
     With BlockLists blocks are those listed, and what they need `listed` knows.
-    When causal the first keys are seen by the most queries, so the longest programs come first.
+    When causal the first keys are seen by the most queries, so the longest programs come first, and
+    with sections those of some heads together: else the last head's would begin when most is done.
     """
-    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes[:6]
+    _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section = sizes
     if C.packed:
+        block, head_k = place_of(pid, gl.load(Blocks), nheads_k, section)
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
-            Blocks, pid % gl.load(Blocks)
+            Blocks, block
         )
         tile_n = start_n // C.block_n
-        head_k = pid // gl.load(Blocks)
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
-        tile_n = pid % tiles_n
-        row = pid // tiles_n
-        if C.section > 1:
-            first = row // C.section * C.section
-            heads = gl.minimum(C.section, sizes[6] // tiles_n - first)
-            place = pid - first * tiles_n
-            tile_n = place // heads
-            row = first + place % heads
+        tile_n, row = place_of(pid, tiles_n, tiles // tiles_n, section)
         if C.ordered and not C.backwards:
             tile_n = tiles_n - 1 - tile_n
         batch = row // nheads_k
