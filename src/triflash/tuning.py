@@ -62,6 +62,7 @@ class HopperConfig:
     q_in_registers: bool
     half_q: bool = False
     alias: bool = False
+    rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
 

@@ -64,6 +64,7 @@ class Schedule:
     q_in_registers: bool
     half_q: bool
     alias: bool
+    rolling: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -148,6 +149,63 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     index = gl.program_id(0)
     t = 0  # tiles begun so far
     n = 0  # blocks loaded so far
+    row_v, entry_v, head_v, seqlen_v = 0, 0, 0, 0  # the block whose v is to be loaded
+    while C.rolling & (index < tiles):
+        if C.packed:
+            i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
+            start_m, batch, entry_q, rows_q, seqlen_q, entry_k, _rows, seqlen_k = place_at(
+                Blocks, i
+            )
+        else:
+            tile_m, batch, head = locate(index, tiles_m, nheads, heads, section, C.causal)
+            start_m = tile_m * (ROWS * CONSUMERS)
+            entry_q = batch
+            entry_k = batch
+        head_k = head // group_size
+        begin, _, _, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                     ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
+        if BlockLists is not None:
+            begin = 0
+            end, entries = listed(BlockLists, batch, head, start_m, C)
+        blocks = end - begin
+        following = index + gl.num_programs(0)
+        for i in range(blocks):
+            row = (end - 1 - i) * BLOCK_N
+            if BlockLists is not None:
+                row, _partial, _asked = visited(entries, row, C.size_k)
+            mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
+            fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
+                 n % STAGES_K, C.parts)  # fmt: skip
+            if n > 0:
+                p = n - 1
+                mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
+                fill(V, entry_v, head_v, row_v, seqlen_v, v_full.index(p % STAGES), v_smem,
+                     p % STAGES, C.parts_v)  # fmt: skip
+            if i == 0:
+                for w in gl.static_range(CONSUMERS):
+                    slot = t % STAGES_Q * CONSUMERS + w
+                    mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+                    if C.packed:
+                        publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
+                                                  seqlen_k))  # fmt: skip
+                    else:
+                        publish(tile_smem, slot, (start_m, batch, head))
+                    thread_barrier()
+                    fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(slot), q_smem,
+                         slot, C.parts)  # fmt: skip
+            row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
+            if C.dynamic:
+                if i == gl.maximum(blocks - 3, 0):
+                    following = gl.num_programs(0) + draw(Counter, tiles, "relaxed")
+            n += 1
+        t += 1
+        index = following
+    if C.rolling:
+        if n > 0:
+            p = n - 1
+            mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
+            fill(V, entry_v, head_v, row_v, seqlen_v, v_full.index(p % STAGES), v_smem, p % STAGES,
+                 C.parts_v)  # fmt: skip
     while index < tiles:
         if C.packed:
             i, _zero, head = locate(index, tiles_m, nheads, nheads, section, False)
@@ -216,9 +274,9 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
 
 
 @gluon.jit
-def draw(Counter, tiles):
+def draw(Counter, tiles, SEM: gl.constexpr = None):
     """How many tiles were drawn before; there is one draw a tile, the last of which leaves 0."""
-    drawn = gl.atomic_add(Counter, 1)
+    drawn = gl.atomic_add(Counter, 1, sem=SEM)
     if drawn == tiles - 1:
         gl.atomic_xchg(Counter, 0)
     return drawn
@@ -949,6 +1007,7 @@ def _prepare(
         q_in_registers=config.q_in_registers,
         half_q=config.half_q,
         alias=config.alias,
+        rolling=config.rolling,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
