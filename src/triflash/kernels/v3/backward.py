@@ -15,6 +15,11 @@ several tiles of keys: it loads the next while it ends one. If these are all til
 order of its keys, then the first stores its dq instead of adding it, the last adds the sums to it
 and stores dq, and sums are a program's own; nothing is zeroed and there is no kernel behind.
 
+Causal windows are the same without that walk. Programs start with the last keys of a head, and all
+walk from the first query on that sees theirs, so on a tile of queries those of later keys are ahead
+of those of earlier ones. They add to it in this order, which nobody has to wait for: the first
+stores, the last adds the sums and stores dq.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim one of 64 or 128; and 2 numbers
 a row. Whole heads: sums for the heads that are in flight. With deterministic=True programs add to a
@@ -115,18 +120,21 @@ def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr):
 
 
 @gluon.jit
-def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
+def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr, ORDERED: gl.constexpr = False):
     """Part W of dq to the warp that adds it."""
-    mbarrier.wait(dq_empty.index(W), i & 1)
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     dq_smem.index(W).store(pack(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
 
 @gluon.jit
-def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
-    """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
-    mbarrier.wait(dq_empty.index(W), i & 1)
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr,
+           ORDERED: gl.constexpr = False):  # fmt: skip
+    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it."""
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     dq = pack(dq)
     if begun:
         dq += dq_smem.index(W).load(dq.type.layout)
@@ -167,7 +175,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
-     done) = shared  # fmt: skip
+     done, modes) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
@@ -320,6 +328,13 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        elif C.ordered:
+            mbarrier.wait(dq_empty.index(W), i & 1)
+            mode = gl.max(modes.index(W).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            if mode > 0:
+                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W, True)
+            else:
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W, True)
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = warpgroup_mma_wait(0, deps=(dk,))
@@ -382,9 +397,14 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
+    modes = dq_full  # stands for nothing: a tuple with a name cannot hold None
+    if C.ordered:
+        modes = gl.allocate_shared_memory(
+            gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
-              dq_empty, done)  # fmt: skip
+              dq_empty, done, modes)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
@@ -446,7 +466,7 @@ def backward(
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
-    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    turn = q.new_zeros(tiles, dtype=torch.int32) if plan.takes_turns else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
@@ -507,6 +527,7 @@ class Plan:
     size_of_sums: int  # of a tile
     block_m: int
     block_n: int
+    takes_turns: bool
 
 
 @lru_cache(maxsize=4096)
@@ -572,6 +593,8 @@ def _prepare(
         describe(shape_k, stride_dk, keys, width, spec.dtype),
         describe(shape_v, stride_dv, keys, width_v, spec.dtype),
     )
+    finishes = config.whole_heads or config.ordered
+    takes_turns = config.ordered or (spec.deterministic and not config.whole_heads)
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -584,7 +607,7 @@ def _prepare(
             width_v,
             aligned_dlse is not False,
             rows,
-            not config.whole_heads,
+            not finishes,
         ),
         around,
     )
@@ -608,7 +631,7 @@ def _prepare(
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
                 gqa=spec.group_size > 1,
-                deterministic=spec.deterministic and not config.whole_heads,
+                deterministic=takes_turns and not config.ordered,
                 packed=packed,
                 inside=inside,
                 scatter=bool(names_of_sums),
@@ -617,6 +640,7 @@ def _prepare(
                 size_k=size_k,
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
+                ordered=config.ordered,
                 kv_stages=config.kv_stages,
             ),
         ),
@@ -633,6 +657,6 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    finish = None if config.whole_heads else after
+    finish = None if finishes else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums, block_m,
-                block_n)  # fmt: skip
+                block_n, takes_turns)  # fmt: skip
