@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GPU, compiled_and_not
+from helpers import GPU, compiled_and_not, skip_unsupported
 from hypothesis import given
 from hypothesis import strategies as st
 from test_mods import DOCUMENT, RELATIVE, document
@@ -18,6 +18,7 @@ import triflash
 from triflash import attention, block_mask, mods
 from triflash.spec import BLOCK_LISTS
 from triflash.target import Target
+from triflash.testing import Case, make_inputs
 
 
 @triton.jit
@@ -345,3 +346,24 @@ def test_compile(implementation, device):
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
     for a, b in gradients:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_deterministic_programs_wait_in_the_lists_of_their_own_heads(device):
+    """Heads that share keys are walked as far as the longest of their lists, here longer ones."""
+    case = Case(
+        2, 900, 1000, nheads=4, nheads_k=2, headdim=128, dtype=torch.bfloat16, mask_mod=STRIPES,
+        make_aux=lambda *_: (100,), block_size=(128, 128), block_heads=True,
+    )  # fmt: skip
+    skip_unsupported(case, "v3", device)
+    inputs = make_inputs(case, device)
+    leaves = tuple(t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+
+    def gradients(deterministic):
+        out = attention(*leaves, **inputs.extras, implementation="v3", deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, inputs.dout)
+
+    first, again, usual = (gradients(x) for x in (True, True, False))
+    for x, y, z in zip(first, again, usual, strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=2e-2, atol=2e-2)
