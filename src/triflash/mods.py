@@ -424,6 +424,13 @@ def fused_forward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any
     return ((getattr(module, f"fused_{key}"), values, getattr(module, f"{key}_constants")),), mask
 
 
+def fused_backward(features: Features, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The same for a backward; behind it is `derivative(p, modified)`: p * dmodified / dscore."""
+    [entry], mask = fused_forward(features, extras)
+    module = importlib.import_module("triflash.kernels.common.mods")
+    return ((*entry, getattr(module, f"fused_{features.score_mods[0].key}_derivative")),), mask
+
+
 def dropout_of(features: Features, extras: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """What kernels take as Dropout; see kernels/common/dropout.py."""
     if features.dropout_p == 0.0:

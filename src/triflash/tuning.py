@@ -104,6 +104,11 @@ class HopperBackwardConfig:
     kv_stages: int = 1
     whole_heads: bool = False
     wide: bool = False
+    section: int = 1
+    fused: bool = False
+    poly: int = 0
+    straight: bool = False
+    finish: bool = False
     num_warps: int = 4
     num_stages: int = 1
 

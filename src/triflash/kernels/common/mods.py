@@ -138,6 +138,12 @@ def softcap_constants(b, h, softmax_scale, aux):
 
 
 @triton.jit
+def fused_softcap_derivative(dscore, modified):
+    """1 - tanh^2 of what fused_softcap gave."""
+    return dscore - dscore * (modified * modified)
+
+
+@triton.jit
 def softcap_derivative(dscore, score, b, h, q_idx, kv_idx, aux):
     """1 - tanh^2."""
     t = tanh(score * (1.0 / aux[0]))
@@ -172,6 +178,12 @@ def fused_alibi(s, q_idx, kv_idx, seqlen_q, seqlen_k, constant):
 def alibi_constants(b, h, softmax_scale, aux):
     """The factor of what fused_alibi gives that makes it a score, and its constant."""
     return softmax_scale, tl.load(aux[0] + b * aux[1] + h) / softmax_scale
+
+
+@triton.jit
+def fused_alibi_derivative(dscore, modified):
+    """The bias is added."""
+    return dscore
 
 
 @triton.jit

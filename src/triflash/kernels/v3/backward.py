@@ -50,6 +50,7 @@ from triflash.kernels.common.mods import derive
 from triflash.kernels.common.softmax import LOG2_E
 from triflash.kernels.v3 import backward_wide
 from triflash.kernels.v3.backward_shared import (
+    AHEAD,
     KEYS,
     PART,
     PART_COLUMNS,
@@ -60,6 +61,7 @@ from triflash.kernels.v3.backward_shared import (
     after_kernel,
     before_kernel,
     edges,
+    finisher,
     head_of,
     last_visit,
     listed,
@@ -167,7 +169,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
-     done) = shared  # fmt: skip
+     done, _finish) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
@@ -197,7 +199,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
-    if C.persistent and not C.gqa:
+    if C.persistent and not C.gqa and not MODIFIED:
         # Blocks count on from tile to tile, like steps, which saves a register.
         m = step
         edge = edge[0] + step, edge[1]
@@ -255,7 +257,15 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             dp_t = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(QUERIES)
         s_t = warpgroup_mma_wait(0 if C.late_dp else 1, deps=(s_t,))
-        if MODIFIED:
+        if MODIFIED and C.straight:
+            q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
+            p_t, ds_t = modified(
+                s_t, lse[None, :], batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k,
+                partial, window_left, window_right, ScoreMods, MaskMod, True, C,
+            )  # fmt: skip
+            p_16 = p_t.to(q.dtype)
+            p_t = ds_t
+        elif MODIFIED:
             p_16, ds_t = s_t.to(q.dtype), s_t
             if always:  # over a branch ptxas moves nothing; else it begins with too much at once
                 q_pos = positions(start_m, BLOCK_M, QUERIES)[None, :]
@@ -382,24 +392,49 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Turn, Blocks, ScoreM
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
+    finishing = done
+    if C.finish:
+        finishing = (
+            barriers(AHEAD, 1), barriers(AHEAD, 1), barriers(1, 1),
+            gl.allocate_shared_memory(gl.float32, [1, PART_ROWS, PART_COLUMNS], Sums.layout),
+            buffers(dQ, 2),
+        )
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
-              dq_empty, done)  # fmt: skip
+              dq_empty, done, finishing)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles)
-    gl.warp_specialize(
-        [
-            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 0, C)),
-            (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
-                        MaskMod, BlockLists, 1, C)),
-            (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
-                        BlockLists, C)),
-            (adder, (shared, k_smem, v_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
-                     window_right, BlockLists, C)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )  # fmt: skip
+    if C.finish:
+        gl.warp_specialize(
+            [
+                (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                            MaskMod, BlockLists, 0, C)),
+                (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                            MaskMod, BlockLists, 1, C)),
+                (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                            BlockLists, C)),
+                (adder, (shared, k_smem, v_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                         window_right, BlockLists, C)),
+                (finisher, (shared, Sums, dQ, Turn, sizes, softmax_scale, window_left, window_right,
+                            BlockLists, C)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                            MaskMod, BlockLists, 0, C)),
+                (consumer, (shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMods,
+                            MaskMod, BlockLists, 1, C)),
+                (producer, (shared, Q, K, V, dOut, Stats, sizes, window_left, window_right,
+                            BlockLists, C)),
+                (adder, (shared, k_smem, v_smem, Sums, dQ, dK, dV, Turn, sizes, window_left,
+                         window_right, BlockLists, C)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )  # fmt: skip
 
 
 def backward(
@@ -446,7 +481,7 @@ def backward(
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
-    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic or plan.finish else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
@@ -485,13 +520,20 @@ def _rows_of(
 
 
 def _arguments(
-    features: Features, names_of_sums: tuple[str, ...], turn: Any, blocks: Any, *tensors: Any
+    features: Features, names_of_sums: tuple[str, ...], fused: bool, finish: bool, turn: Any, blocks: Any, *tensors: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     extras, aux_sums = tensors[: len(features.names)], tensors[len(features.names) :]
     named = dict(zip(names_of_sums, aux_sums, strict=True))
-    modifications = mods.backward_arguments(features, extras, named, approximate=True)
-    return turn, blocks, *modifications, mods.query_lists(features, extras)
+    if fused:
+        modifications = mods.fused_backward(features, extras)
+    else:
+        modifications = mods.backward_arguments(features, extras, named, approximate=True)
+    lists = mods.query_lists(features, extras)
+    if lists is not None and finish:
+        counts, _, rows_b, rows_h, _ = mods.key_lists(features, extras)
+        lists = (*lists, counts, rows_b, rows_h)
+    return turn, blocks, *modifications, lists
 
 
 @dataclass(frozen=True)
@@ -507,6 +549,7 @@ class Plan:
     size_of_sums: int  # of a tile
     block_m: int
     block_n: int
+    finish: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -618,11 +661,16 @@ def _prepare(
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
                 kv_stages=config.kv_stages,
+                section=config.section,
+                fused=config.fused,
+                poly=config.poly,
+                straight=config.straight,
+                finish=config.finish,
             ),
         ),
         config,
         views,
-        partial(_arguments, spec.features, names_of_sums),
+        partial(_arguments, spec.features, names_of_sums, config.fused, config.finish),
     )  # fmt: skip
     after = Launch(
         after_kernel,
@@ -633,6 +681,6 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    finish = None if config.whole_heads else after
+    finish = None if config.whole_heads or config.finish else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums, block_m,
-                block_n)  # fmt: skip
+                block_n, config.finish)  # fmt: skip

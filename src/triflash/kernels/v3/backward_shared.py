@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
-from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.varlen import PACKED, lse_offset
@@ -23,10 +23,12 @@ from triflash.kernels.v3.packed import place_at, place_of_block
 from triflash.kernels.v3.tma import (
     async_load,
     async_store,
+    fence_acquire,
     fence_async_global,
     load,
     reduce_add,
     store,
+    wait_for_earlier_reductions,
     wait_for_reductions,
 )
 
@@ -57,12 +59,19 @@ class Schedule:
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
     kv_stages: int
+    section: int
+    fused: bool  # ScoreMods is one in its fused form
+    poly: int = 0
+    straight: bool = False
+    finish: bool = False
 
 
 KEYS = gl.constexpr(64)  # of a tile of k or v, the rows of one wgmma
 PART = gl.constexpr(64)  # dq is computed and added to in parts of [PART, PART]
 PART_ROWS = gl.constexpr(32)  # a part as rows of PART_COLUMNS for TMA
 PART_COLUMNS = gl.constexpr(128)
+AHEAD = gl.constexpr(8)
+BEHIND = gl.constexpr(2)
 DQ_BUFFERS = gl.constexpr(2)  # a part each, one of either warpgroup that makes dq
 
 # Parameters of the kernels that programs are not compiled anew for.
@@ -228,14 +237,20 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     _nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks = sizes[:6]
     if C.packed:
         start_n, batch, entry_q, _rows_q, seqlen_q, entry_k, rows_k, seqlen_k = place_at(
-            Blocks, pid % gl.load(Blocks)
+            Blocks, pid % gl.load(Blocks) if C.section == 1 else pid // nheads_k
         )
         tile_n = start_n // C.block_n
-        head_k = pid // gl.load(Blocks)
+        head_k = pid // gl.load(Blocks) if C.section == 1 else pid % nheads_k
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
         tile_n = pid % tiles_n
         row = pid // tiles_n
+        if C.section > 1:
+            first = row // C.section * C.section
+            heads = gl.minimum(C.section, sizes[6] // tiles_n - first)
+            place = pid - first * tiles_n
+            tile_n = place // heads
+            row = first + place % heads
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -363,6 +378,32 @@ def head_of(i, head_k, blocks, group_size, C: gl.constexpr):
 
 
 @gluon.jit
+def exponential(x, C: gl.constexpr):
+    if C.poly == 0:
+        p = gl.exp2(x)
+    elif C.poly == 2:
+        p = gl.inline_asm_elementwise(POLY2, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
+    else:
+        p = gl.inline_asm_elementwise(POLY4, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, is_pure=True, pack=4)
+    return p
+
+
+def _poly(n):
+    ex = "".join(f"ex2.approx.ftz.f32 ${i}, ${n + i}; " for i in range(n - 1))
+    return gl.constexpr(
+        "{ .reg .f32 a, b, c, p; .reg .s32 i, j; " + ex
+        + f"max.f32 a, ${2 * n - 1}, 0fC2FC0000; "
+        "add.f32 b, a, 0f4B400000; sub.f32 c, b, 0f4B400000; sub.f32 c, a, c; "
+        "fma.rn.f32 p, c, 0f3D614F49, 0f3E780522; fma.rn.f32 p, p, c, 0f3F317AF9; "
+        "fma.rn.f32 p, p, c, 0f3F800000; mov.b32 i, b; shl.b32 i, i, 23; mov.b32 j, p; add.s32 i, i, j; "
+        f"mov.b32 ${n - 1}, i; " "}"
+    )
+
+
+POLY2, POLY4 = _poly(2), _poly(4)
+
+
+@gluon.jit
 def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_k, partial,
              window_left, window_right, ScoreMods, MaskMod, KEYS_ARE_ROWS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
@@ -372,12 +413,16 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
     with. Not if gradients of aux are wanted: then the second is p again. Only `partial` tiles need
     causal, window and the end of keys checked, and with lists of blocks MaskMod.
     """
-    if ScoreMods is not None:
+    if C.fused:
+        factor, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+        s = ScoreMods[0][0](s, q_pos, k_pos, seqlen_q, seqlen_k, constant)
+        p = exponential(s * (factor * LOG2_E) - lse, C)
+    elif ScoreMods is not None:
         score = s * softmax_scale
         s = modify(score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, C.inside)
-        p = gl.exp2(s * LOG2_E - lse)
+        p = exponential(s * LOG2_E - lse, C)
     else:
-        p = gl.exp2(s * (softmax_scale * LOG2_E) - lse)
+        p = exponential(s * (softmax_scale * LOG2_E) - lse, C)
     if C.causal or C.check_keys or window_left is not None or window_right is not None:
         if partial:
             seen = visible(q_pos, k_pos, seqlen_q, seqlen_k, C.causal, KEYS_ARE_ROWS, window_left,
@@ -388,7 +433,9 @@ def modified(s, lse, batch, head, q_pos, k_pos, softmax_scale, seqlen_q, seqlen_
             seen = shown(batch, head, q_pos, k_pos, seqlen_q, seqlen_k, MaskMod, C.inside)
             p = gl.where(seen, p, 0.0)
     derived = p
-    if ScoreMods is not None and not C.scatter:
+    if C.fused:
+        derived = ScoreMods[0][3](p, s)
+    elif ScoreMods is not None and not C.scatter:
         derived = derive(p, score, batch, head, q_pos, k_pos, seqlen_q, seqlen_k, ScoreMods, False,
                          C.inside)  # fmt: skip
     return p, derived
@@ -413,7 +460,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
 def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, pid,
             before, step, C: gl.constexpr):  # fmt: skip
     """The producer's tile pid, behind `before` others and `step` steps; returns those behind it."""
-    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
+    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty, kv_empty = bars
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
@@ -478,6 +525,93 @@ def lend(Sums, part, dq_smem, dq_empty, filled, w: gl.constexpr):
 
 
 @gluon.jit
+def publish(added, counted, i):
+    mbarrier.wait(counted.index(i % AHEAD), i // AHEAD & 1 ^ 1)
+    fence_async_global()
+    mbarrier.arrive(added.index(i % AHEAD), count=1)
+
+
+@gluon.jit
+def visits(batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, BlockLists,
+           C: gl.constexpr):  # fmt: skip
+    """How many programs add to the tile of queries at start_m."""
+    if BlockLists is not None:
+        PROGRAMS: gl.constexpr = C.size_k // C.block_n
+        row = batch.to(gl.int64) * BlockLists[7] + head * BlockLists[8] + start_m // C.size_q
+        count = gl.load(BlockLists[6] + row) * PROGRAMS
+    else:
+        _full, end = key_range(start_m, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal,
+                               window_right)  # fmt: skip
+        count = gl.cdiv(end, C.block_n)
+        if window_left is not None:
+            begin = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+            count -= begin[0] // C.block_n
+    return count
+
+
+@gluon.jit
+def round_part(sums, rounded_part, softmax_scale, dtype: gl.constexpr):
+    """A part of the sums in shared memory, as pack left it, to one of dq; by one warp."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout(
+        [8, 1, 1, 1, 1, 2], [1, 1, 8, 4, 1, 1], [1, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+    )
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0])
+    sums = sums._reinterpret(gl.float32, [8, 4, 8, 4, 2, 2], SHARED)
+    for warp in gl.static_range(4):
+        for half in gl.static_range(2):
+            x = sums.slice(warp, 1, dim=1).slice(half, 1, dim=4).load(LAYOUT)
+            x = (x * softmax_scale).to(dtype)
+            x = gl.reshape(gl.permute(x, [1, 4, 2, 0, 3, 5]), [8, 64])
+            rounded_part.slice(warp * 16 + half * 8, 8, dim=0).store(x)
+
+
+@gluon.jit
+def finisher(shared, Sums, dQ, Turn, sizes, softmax_scale, window_left, window_right, BlockLists,
+             C: gl.constexpr):  # fmt: skip
+    """The warp that makes dq of the sums of a tile that the program was the last to add to."""
+    added, counted, loaded, sums_smem, rounded_smem = shared[11]
+    PARTS: gl.constexpr = C.block_m // PART * (shared[2].shape[-1] // PART)
+    COLUMNS: gl.constexpr = shared[2].shape[-1] // PART
+    group_size = sizes[2]
+    tile_n, batch, head_k, start, _full, blocks, places = locate(
+        gl.program_id(0), sizes, window_left, window_right, BlockLists, C
+    )
+    seqlen_q, seqlen_k = places[3], places[4]
+    first, tiles_m = workspace(sizes, batch, places, C)
+    phase = 0
+    for i in range(group_size * blocks):
+        head, m = walk(i, head_k, blocks, group_size, C)
+        start_m = start + m * C.block_m
+        if BlockLists is not None:
+            start_m, _partial = listed(BlockLists, batch, head, tile_n, m, C)
+        row = row_of(head, start_m, first, tiles_m, C)
+        mbarrier.wait(added.index(i % AHEAD), i // AHEAD & 1)
+        mbarrier.arrive(counted.index(i % AHEAD), count=1)
+        gl.atomic_add(Turn + row, 1, sem="acq_rel")
+        # Not what the atomic gave: of that ptxas knows no uniformity, and then all partitions have
+        # fewer uniform registers. If two programs see the last count, both store the same.
+        count = gl.load(Turn + row, cache_modifier=".cg")
+        all_of_them = visits(batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right,
+                      BlockLists, C)  # fmt: skip
+        if count >= all_of_them:
+            fence_acquire()
+            fence_async_global()
+            for of in gl.static_range(PARTS):
+                mbarrier.expect(loaded.index(0), Sums.block_type.nbytes)
+                async_load(Sums, [(row * PARTS + of) * PART_ROWS, 0], loaded.index(0),
+                           sums_smem.index(0))  # fmt: skip
+                mbarrier.wait(loaded.index(0), phase)
+                phase ^= 1
+                tma.store_wait(1)
+                part = rounded_smem.index(of % 2)
+                round_part(sums_smem.index(0), part.reshape([PART, PART]), softmax_scale, dQ.dtype)
+                fence_async_shared()
+                store(dQ, places[0], head, start_m + of // COLUMNS * PART, seqlen_q, part,
+                      of % COLUMNS * PART)  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit
 def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
         BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
     """The adder's tile pid, as in `produce`."""
@@ -488,6 +622,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
         shared[9],
         shared[10],
     )
+    if C.finish:
+        added, counted = shared[11][0], shared[11][1]
     kv_empty = shared[7][6]
     BLOCK_D: gl.constexpr = q_smem.shape[-1]
     PARTS: gl.constexpr = C.block_m // PART * (BLOCK_D // PART)
@@ -550,6 +686,14 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             wait_for_reductions()
             fence_async_global()
             gl.atomic_add(Turn + row, 1, sem="release")
+        if C.finish:
+            if i >= BEHIND:
+                wait_for_earlier_reductions(BEHIND * PARTS)
+                publish(added, counted, i - BEHIND)
+    if C.finish:
+        wait_for_earlier_reductions(0)
+        for i in range(gl.maximum(group_size * blocks - BEHIND, 0), group_size * blocks):
+            publish(added, counted, i)
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS

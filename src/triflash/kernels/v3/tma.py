@@ -39,10 +39,32 @@ def wait_for_reductions():
 
 
 @gluon.jit
+def wait_for_earlier_reductions(LATEST: gl.constexpr):
+    """The same, but for the latest of them."""
+    gl.inline_asm_elementwise(
+        _WAIT_GROUP(LATEST), "=r", [], gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _WAIT_GROUP(latest):
+    latest = getattr(latest, 'value', latest)
+    return f"cp.async.bulk.wait_group {latest}; mov.u32 $0, 0;"
+
+
+@gluon.jit
 def fence_async_global():
     """Orders reductions of TMA and other accesses of global memory, both ways."""
     gl.inline_asm_elementwise(
         "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def fence_acquire():
+    """What others released before the value that was just read is seen from here on."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
     )
 
 
