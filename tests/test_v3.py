@@ -34,7 +34,7 @@ from triflash.spec import (
     make_varlen_spec,
 )
 from triflash.target import Target, target_of
-from triflash.testing import Case, check_case, make_inputs
+from triflash.testing import Case, check_case, compare, make_inputs, run_case
 
 BF16, FP16 = torch.bfloat16, torch.float16
 HOPPER = Target("cuda", "sm_90", 132)
@@ -735,6 +735,21 @@ def test_programs_that_walk_several_tiles(shape, causal, device):
     out = attention(*leaves, causal=causal, deterministic=True, implementation="v3")
     twice = [torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *twice))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("headdim", [64, 96, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("factor", [8.0, 300.0])
+def test_maxima_that_move_in_every_block(factor, causal, headdim, device):
+    """Exponentials relative to the maximum before are then wrong, and with 300 infinite."""
+    case = Case(1, 700, 1400, 2, 2, headdim, causal=causal, dtype=BF16)
+    skip_unsupported(case, "v3", device)
+    inputs = make_inputs(case, device)
+    # v3 goes from the last key to the first.
+    inputs.k.mul_(torch.linspace(factor, 0.0, 1400, device=device)[:, None, None])
+    actual = run_case(case, inputs, "v3", backward=False)
+    assert_within_budget(case, compare(case, inputs, actual))
 
 
 @pytest.mark.gpu

@@ -41,9 +41,11 @@ class HopperConfig:
         section: heads that are worked on together.
         widths, widths_v: the parts that columns of q and k, and of v and out, are loaded in.
         hold: p v overlaps all of the softmax, not only its maximum.
+        ahead: of so many parts of a step's exponentials the first is begun before its maximum is
+            known, and p v overlaps these alone; 0, 2 or 4.
+        meet_early: the warps of a warpgroup wait for one another behind their products' beginning.
         turns: warpgroups issue their products one after the other.
-        q_in_registers: q comes from registers, its first part at least.
-        half_q: only half of its columns do.
+        q_columns: columns of q that come from registers; of q in parts, the first part if any.
         alias: out leaves through the shared memory of q, where that is scarce.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
@@ -58,9 +60,10 @@ class HopperConfig:
     widths: tuple[int, ...]
     widths_v: tuple[int, ...]
     hold: bool
+    ahead: int
+    meet_early: bool
     turns: bool
-    q_in_registers: bool
-    half_q: bool = False
+    q_columns: int
     alias: bool = False
     num_warps: int = 4
     num_stages: int = 1
@@ -340,6 +343,14 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured: full 632 and 651 against 453 and 453 with 32 keys a step and 4 stages.
         alias = widths == widths_v == (256,)
         consumers, block_n, most = 2, 64, 2 if alias else 3
+    # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured with
+    # d256 causal at 16384: no difference; full 716 against 683.
+    q_columns = 0
+    if consumers == 2 and (not spec.features.mods or half_q):
+        q_columns = widths[0] // 2 if half_q or widths[0] >= 128 else widths[0]
+    ahead = 0
+    if not spec.features.mods:
+        ahead = 2 if consumers == 2 and block_n == 128 else 4
     if spec.features.blocks is not None:
         block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
@@ -359,12 +370,11 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
         # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
         hold=consumers == 2,
+        ahead=ahead,
+        meet_early=True,
         # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
         turns=spec.causal and alias and spec.seqlen_q >= 4096,
-        # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
-        # with d256 causal at 16384: no difference; full 716 against 683.
-        q_in_registers=consumers == 2 and (not spec.features.mods or half_q),
-        half_q=half_q,
+        q_columns=q_columns,
         alias=alias,
     )
 

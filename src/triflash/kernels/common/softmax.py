@@ -16,14 +16,21 @@ def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr =
     sums over earlier blocks. With SLACK the maximum stays what it was until it is too small by more
     than that, so p goes up to 2^SLACK and the factor is seldom other than 1 (FlashAttention-4).
     """
+    m_new, m_safe = maximum_step(s, m_i, scale_log2, MASKED, SLACK)
+    p = tl.exp2(s * scale_log2 - m_safe[:, None])
+    return m_new, p, tl.exp2(m_i - m_safe)
+
+
+@triton.jit
+def maximum_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr = 0.0):
+    """The new maximum of `softmax_step`, and the same but 0 for rows that have seen no key."""
     # Scaling after the maximum makes scale and subtraction one fused multiply-add an element.
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     if SLACK > 0.0:
         m_new = tl.where(m_new - m_i <= SLACK, m_i, m_new)  # -inf - (-inf) is NaN: m_new, -inf
     # A row that has seen no key yet: -inf - (-inf) would be NaN.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.exp2(s * scale_log2 - m_safe[:, None])
-    return m_new, p, tl.exp2(m_i - m_safe)
+    return m_new, m_safe
 
 
 @triton.jit

@@ -31,8 +31,9 @@ from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
 from triflash.kernels.common.mods import modify, shown
-from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
+from triflash.kernels.common.softmax import LOG2_E, finish, maximum_step, softmax_step
 from triflash.kernels.common.varlen import lse_offset
+from triflash.kernels.v3.ahead import all_weights, first_weights
 from triflash.kernels.v3.counters import counter_for
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
 from triflash.kernels.v3.tma import (
@@ -60,9 +61,10 @@ class Schedule:
     consumers: int
     dynamic: bool
     hold: bool
+    ahead: int
+    meet_early: bool
     turns: bool
-    q_in_registers: bool
-    half_q: bool
+    q_columns: int
     alias: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
@@ -265,7 +267,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     STAGES_Q: gl.constexpr = C.stages_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
-    Q_IN_REGISTERS: gl.constexpr = C.q_in_registers
+    COLUMNS: gl.constexpr = C.q_columns
     PARTS: gl.constexpr = C.parts
     PARTS_V: gl.constexpr = C.parts_v
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
@@ -276,7 +278,6 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     if C.packed:
         total_q = gl.load(Blocks + 1)
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
     LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
     scale_log2 = softmax_scale * C.scale_sign * LOG2_E
     if C.scale_sign == 0:
@@ -324,16 +325,16 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
 
         if PARTS == 2:
             q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
-        elif HALVES:
-            q = halves(tile(q_smem[0], q_slot))
         else:
-            q = (tile(q_smem[0], q_slot),)
-        if Q_IN_REGISTERS:
-            if len(q) == 2:
+            q = pieces(tile(q_smem[0], q_slot), COLUMNS)
+        if COLUMNS > 0:
+            if len(q) == 3:
+                q = (q[0].load(LAYOUT_Q), q[1].load(LAYOUT_Q), q[2])
+            elif len(q) == 2:
                 q = (q[0].load(LAYOUT_Q), q[1])
             else:
                 q = (q[0].load(LAYOUT_Q),)
-        if Q_IN_REGISTERS and len(q) == 1:
+        if COLUMNS > 0 and len(q) == 1:
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
         if ScoreMods is not None or MaskMod is not None:
@@ -344,7 +345,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
         if C.turns:
             await_turn(W)
-        s = scores(q, k_smem, n % STAGES_K, LAYOUT_S)
+        s = scores(q, k_smem, n % STAGES_K, LAYOUT_S, COLUMNS)
         if C.turns:
             pass_turn(W, CONSUMERS)
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -373,6 +374,8 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         else:
             acc = (zeros(v_smem[0]), zeros(v_smem[1]))
 
+        if C.meet_early:
+            gl.thread_barrier()
         for i in range(1, end - begin):
             block = end - 1 - i
             start_n = block * BLOCK_N
@@ -386,7 +389,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
-        if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
+        if not C.alias and not (COLUMNS > 0 and len(q) == 1):
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
@@ -475,26 +478,31 @@ def _TURN(kind, w):
 
 
 @gluon.jit
-def halves(x):
-    """The left and the right columns of a tile."""
-    HALF: gl.constexpr = x.shape[1] // 2
-    return x.slice(0, HALF, 1), x.slice(HALF, HALF, 1)
+def pieces(x, COLUMNS: gl.constexpr):
+    """A tile as its first COLUMNS columns, in one or two pieces of powers of two, and the rest."""
+    WIDTH: gl.constexpr = x.shape[1]
+    if COLUMNS == 0 or COLUMNS >= WIDTH:
+        result = (x,)
+    elif 4 * COLUMNS == 3 * WIDTH:
+        result = (x.slice(0, WIDTH // 2, 1), x.slice(WIDTH // 2, WIDTH // 4, 1),
+                  x.slice(COLUMNS, WIDTH // 4, 1))  # fmt: skip
+    else:
+        result = (x.slice(0, COLUMNS, 1), x.slice(COLUMNS, WIDTH - COLUMNS, 1))
+    return result
 
 
 @gluon.jit
-def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
+def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr, COLUMNS: gl.constexpr):
     """q k^T, begun."""
     BLOCK_N: gl.constexpr = k_smem[0].shape[-2]
     if len(k_smem) == 2:
         k = (tile(k_smem[0], slot), tile(k_smem[1], slot))
-    elif len(q) == 2:
-        k = halves(tile(k_smem[0], slot))
     else:
-        k = (tile(k_smem[0], slot),)
+        k = pieces(tile(k_smem[0], slot), COLUMNS)
     s = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S)
     s = warpgroup_mma(q[0], k[0].permute((1, 0)), s, use_acc=False, is_async=True)
-    if len(q) == 2:
-        s = warpgroup_mma(q[1], k[1].permute((1, 0)), s, is_async=True)
+    for part in gl.static_range(1, len(q)):
+        s = warpgroup_mma(q[part], k[part].permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -632,11 +640,15 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
     mbarrier.wait(k_full.index(next_slot), (n + 1) // STAGES_K & 1)
     if C.turns:
         await_turn(W)
-    s = scores(q, k_smem, next_slot, LAYOUT_S)
+    s = scores(q, k_smem, next_slot, LAYOUT_S, C.q_columns)
     mbarrier.wait(v_full.index(slot), n // STAGES & 1)
     acc = add_product(acc, p, v_smem, slot, C.parts_v)
     if C.turns:
         pass_turn(W, C.consumers)
+    if C.meet_early:
+        # Triton wants a barrier of the warpgroup between two waits for k. Here it holds nobody up,
+        # but at the loop's top, where Triton would put it, the products.
+        gl.thread_barrier()
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
     release(k_empty.index(next_slot))
     s = signed(s, C.scale_sign)
@@ -660,17 +672,28 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
             seen = shown(batch, head, q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, MaskMod,
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
-    m_i, p, alpha = softmax_step(s, m_i, scale_log2, EDGES or MaskMod is not None, SLACK)
+    HIDES: gl.constexpr = EDGES or MaskMod is not None
+    if C.ahead > 0:
+        m_new, m_safe = maximum_step(s, m_i, scale_log2, HIDES, SLACK)
+        alpha = gl.exp2(m_i - m_safe)
+        first = first_weights(s, m_i, m_safe, alpha, scale_log2, C.ahead)
+        m_i = m_new
+        acc = finished(acc, C.parts_v)  # which ptxas leaves behind the branch of `first_weights`
+        release(v_empty.index(slot))
+        p = all_weights(first, s, m_safe, scale_log2, C.ahead)
+    else:
+        m_i, p, alpha = softmax_step(s, m_i, scale_log2, HIDES, SLACK)
     alpha_of_lanes = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
     l_i = l_i * alpha_of_lanes[:, None] + sum_of_lanes(p)
-    # ptxas would move the wait for p v above the softmax, which then would not overlap it. But it
-    # moves no wait over a branch, which both of these are.
-    if C.hold:
-        l_i = held(l_i)
-    else:  # over already; what ptxas keeps above it is the maximum alone
-        mbarrier.wait(v_full.index(slot), n // STAGES & 1)
-    acc = finished(acc, C.parts_v)
-    release(v_empty.index(slot))
+    if C.ahead == 0:
+        # ptxas would move the wait for p v above the softmax, which then would not overlap it. But
+        # it moves no wait over a branch, which both of these are.
+        if C.hold:
+            l_i = held(l_i)
+        else:  # over already; what ptxas keeps above it is the maximum alone
+            mbarrier.wait(v_full.index(slot), n // STAGES & 1)
+        acc = finished(acc, C.parts_v)
+        release(v_empty.index(slot))
     p = p.to(v_smem[0].dtype)
     if C.parts_v == 1:
         acc = (rescaled(acc[0], alpha),)
@@ -921,9 +944,10 @@ def _prepare(
         consumers=config.consumers,
         dynamic=config.dynamic,
         hold=config.hold,
+        ahead=config.ahead,
+        meet_early=config.meet_early,
         turns=config.turns,
-        q_in_registers=config.q_in_registers,
-        half_q=config.half_q,
+        q_columns=config.q_columns,
         alias=config.alias,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
