@@ -38,6 +38,7 @@ class HopperConfig:
         stages_q: tiles of q a warpgroup in shared memory.
         consumers: warpgroups of 64 queries each.
         dynamic: programs draw their tiles from a counter.
+        waves: every second round of tiles has its keys upwards, so that programs read the same.
         section: heads that are worked on together.
         widths, widths_v: the parts that columns of q and k, and of v and out, are loaded in.
         hold: p v overlaps all of the softmax, not only its maximum.
@@ -56,6 +57,7 @@ class HopperConfig:
     stages_q: int
     consumers: int
     dynamic: bool
+    waves: bool
     section: int
     widths: tuple[int, ...]
     widths_v: tuple[int, ...]
@@ -364,6 +366,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages_q,
         consumers,
         dynamic=spec.causal or spec.varlen is not None or spec.features.blocks is not None,
+        waves=False,
         section=section,
         widths=widths,
         widths_v=widths_v,

@@ -60,6 +60,7 @@ class Schedule:
     stages_q: int
     consumers: int
     dynamic: bool
+    waves: bool
     hold: bool
     ahead: int
     meet_early: bool
@@ -80,7 +81,7 @@ class Schedule:
     @property
     def fields(self) -> int:
         """Numbers that tell a warpgroup its tile."""
-        return 7 if self.packed else 3
+        return 7 if self.packed else 4 if self.waves else 3
 
 
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the rows of one wgmma
@@ -122,6 +123,19 @@ def blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M: g
         begin = gl.minimum(begin // BLOCK_N, end - 1)
         inner = inner // BLOCK_N
     return begin, inner, full, end
+
+
+@gluon.jit
+def block_at(i, end, upwards, C: gl.constexpr):
+    """The i-th block of keys in the order in which they are used.
+
+    Those that a mask may cut come first, from the last; upwards, the others follow from block 0.
+    """
+    EDGE: gl.constexpr = C.consumers * ROWS // C.block_n + 1
+    block = end - 1 - i
+    if C.waves:
+        block = gl.where(upwards & (i >= EDGE), i - EDGE, block)
+    return block
 
 
 @gluon.jit
@@ -168,11 +182,12 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             begin = 0
             end, entries = listed(BlockLists, batch, head, start_m, C)
         blocks = end - begin
+        upwards = index // gl.num_programs(0) % 2 == 0
         following = index + gl.num_programs(0)
         for i in range(blocks + 1):
             if i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
-                row = (end - 1 - i) * BLOCK_N
+                row = block_at(i, end, upwards, C) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
@@ -184,6 +199,8 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                     if C.packed:
                         publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
                                                   seqlen_k))  # fmt: skip
+                    elif C.waves:
+                        publish(tile_smem, slot, (start_m, batch, head, upwards.to(gl.int32)))
                     else:
                         publish(tile_smem, slot, (start_m, batch, head))
                     thread_barrier()
@@ -192,7 +209,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
             if i > 0:
                 p = n - 1
                 mbarrier.wait(v_empty.index(p % STAGES), p // STAGES & 1 ^ 1)
-                row = (end - i) * BLOCK_N
+                row = block_at(i - 1, end, upwards, C) * BLOCK_N
                 if BlockLists is not None:
                     row, _partial = visited(entries, row, C.size_k)
                 fill(V, entry_k, head_k, row, seqlen_k, v_full.index(p % STAGES), v_smem,
@@ -212,6 +229,8 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
         mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
         if C.packed:
             publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
+        elif C.waves:
+            publish(tile_smem, slot, (-1, 0, 0, 0))
         else:
             publish(tile_smem, slot, (-1, 0, 0))
         mbarrier.arrive(q_full.index(slot), count=1)
@@ -302,6 +321,9 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         head = read(tile_smem, C.fields * q_slot + 2)
         entry_q = batch
         rows_q = seqlen_q
+        upwards = True
+        if C.waves:
+            upwards = read(tile_smem, C.fields * q_slot + 3) != 0
         if C.packed:
             entry_q = read(tile_smem, C.fields * q_slot + 3)
             rows_q = read(tile_smem, C.fields * q_slot + 4)
@@ -377,7 +399,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if C.meet_early:
             gl.thread_barrier()
         for i in range(1, end - begin):
-            block = end - 1 - i
+            block = block_at(i + last - end, last, upwards, C)
             start_n = block * BLOCK_N
             edge = block >= full
             if window_left is not None:
@@ -943,6 +965,7 @@ def _prepare(
         stages_q=config.stages_q,
         consumers=config.consumers,
         dynamic=config.dynamic,
+        waves=config.waves,
         hold=config.hold,
         ahead=config.ahead,
         meet_early=config.meet_early,
