@@ -35,7 +35,7 @@ class HopperConfig:
     Attributes:
         block_n: keys a step.
         stages, stages_k: blocks of v, and of k, in shared memory.
-        stages_q: tiles of q a warpgroup in shared memory.
+        slots_q: tiles of 64 rows of q in shared memory, one a consumer and more.
         consumers: warpgroups of 64 queries each.
         dynamic: programs draw their tiles from a counter.
         waves: every second round of tiles has its keys upwards, so that programs read the same.
@@ -54,7 +54,7 @@ class HopperConfig:
     block_n: int
     stages: int
     stages_k: int
-    stages_q: int
+    slots_q: int
     consumers: int
     dynamic: bool
     waves: bool
@@ -315,7 +315,7 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         section = max(1, _SECTION_BYTES // bytes_kv) * spec.group_size
     widths, widths_v = v3_widths(spec.headdim), v3_widths(spec.headdim_v)
     total, total_v = sum(widths), sum(widths_v)
-    stages_q, alias = 1, False
+    alias = False
     # Measured at d128 causal, 8192, as parts of plain's speed: all of q in registers 0.67 for
     # softcap, 0.77 for ALiBi, none 0.79 and 0.89; half of it 0.78 and 0.79 for a mask and a score
     # modification of users, none 0.75 and 0.77.
@@ -325,7 +325,6 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # Measured: 452 and 458 full, 356 and 357 causal at 1024 with four warpgroups of 64 keys a
         # step and 4 or 6 blocks, against 415 and 308 with three of 128; at 4096 489 and 444 against
         # 499 and 437, at 16384 516 and 501 against 533 and 513. A second q is 416 against 408.
-        stages_q = 2
         four = spec.seqlen_q < (8192 if spec.causal else 4096)
         consumers, block_n, most = (4, 64, 6) if four else (3, 128, 4)
         if spec.features.mods:  # whose values four warpgroups, or 128 keys, leave no registers for
@@ -356,14 +355,15 @@ def v3_forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     if spec.features.blocks is not None:
         block_n = gcd(block_n, spec.features.blocks.size_k)
     # As many blocks as fit, and one more of k if that does: 650 against 624 at d128 full, 16384.
-    free = _HOPPER_SHARED - 128 * consumers * (total * stages_q + total_v * (not alias))
+    slots_q = consumers * 2 if max(total, total_v) <= 64 else consumers + alias
+    free = _HOPPER_SHARED - 128 * (total * slots_q + total_v * consumers * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
     more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
     return HopperConfig(
         block_n,
         stages,
         stages + more,
-        stages_q,
+        slots_q,
         consumers,
         dynamic=spec.causal or spec.varlen is not None or spec.features.blocks is not None,
         waves=False,

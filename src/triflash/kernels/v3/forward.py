@@ -57,7 +57,7 @@ class Schedule:
     block_n: int
     stages: int
     stages_k: int
-    stages_q: int
+    slots_q: int
     consumers: int
     dynamic: bool
     waves: bool
@@ -151,7 +151,7 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
     """The warp that loads: q of each tile, then k and v in the order in which they are used."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
+    SLOTS_Q: gl.constexpr = C.slots_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
     q_smem, k_smem, v_smem, _out, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
@@ -194,8 +194,9 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                      n % STAGES_K, C.parts)  # fmt: skip
             if i == 0:  # q behind k, whose memory is free earlier
                 for w in gl.static_range(CONSUMERS):
-                    slot = t % STAGES_Q * CONSUMERS + w
-                    mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+                    use = t * CONSUMERS + w
+                    slot = use % SLOTS_Q
+                    mbarrier.wait(q_empty.index(slot), use // SLOTS_Q & 1 ^ 1)
                     if C.packed:
                         publish(tile_smem, slot, (start_m, batch, head, entry_q, rows_q, seqlen_q,
                                                   seqlen_k))  # fmt: skip
@@ -225,8 +226,9 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
         t += 1
         index = following
     for w in gl.static_range(CONSUMERS):
-        slot = t % STAGES_Q * CONSUMERS + w
-        mbarrier.wait(q_empty.index(slot), t // STAGES_Q & 1 ^ 1)
+        use = t * CONSUMERS + w
+        slot = use % SLOTS_Q
+        mbarrier.wait(q_empty.index(slot), use // SLOTS_Q & 1 ^ 1)
         if C.packed:
             publish(tile_smem, slot, (-1, 0, 0, 0, 0, 0, 0))
         elif C.waves:
@@ -283,7 +285,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    STAGES_Q: gl.constexpr = C.stages_q
+    SLOTS_Q: gl.constexpr = C.slots_q
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
     COLUMNS: gl.constexpr = C.q_columns
@@ -316,7 +318,7 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
     mbarrier.wait(q_full.index(W), 0)
     start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
-        q_slot = t % STAGES_Q * CONSUMERS + W
+        q_slot = (t * CONSUMERS + W) % SLOTS_Q
         batch = read(tile_smem, C.fields * q_slot + 1)
         head = read(tile_smem, C.fields * q_slot + 2)
         entry_q = batch
@@ -426,7 +428,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
         if window_left is not None:
             n = pass_by(begin - first, n, bars, W, C)  # before all of their windows
 
-        if not C.alias:
+        if C.alias:  # computed again, as registers are scarce
+            o_slot = (opaque(t) * CONSUMERS + W) % SLOTS_Q
+        else:
+            o_slot = W
             tma.store_wait(0)  # the tile before this one
         for part in gl.static_range(PARTS_V):
             factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
@@ -434,10 +439,10 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
             if C.used_q:
                 rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
                 out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
-            tile(o_smem[part], W).store(out)
+            tile(o_smem[part], o_slot).store(out)
         fence_async_shared()
         for part in gl.static_range(PARTS_V):
-            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(W),
+            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(o_slot),
                   part * v_smem[0].shape[-1])  # fmt: skip
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
         if C.used_q:
@@ -447,11 +452,11 @@ def consumer(shared, Out, Lse, ScoreMods, MaskMod, Sinks, BlockLists, softmax_sc
 
         if C.alias:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
+            mbarrier.arrive(q_empty.index(o_slot), count=1)
         t += 1
-        q_slot = t % STAGES_Q * CONSUMERS + W
-        mbarrier.wait(q_full.index(q_slot), t // STAGES_Q & 1)
-        start_m = read(tile_smem, C.fields * q_slot)
+        use = t * CONSUMERS + W
+        mbarrier.wait(q_full.index(use % SLOTS_Q), use // SLOTS_Q & 1)
+        start_m = read(tile_smem, C.fields * (use % SLOTS_Q))
     tma.store_wait(0)
 
 
@@ -793,7 +798,7 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
     CONSUMERS: gl.constexpr = C.consumers
-    SLOTS_Q: gl.constexpr = C.consumers * C.stages_q
+    SLOTS_Q: gl.constexpr = C.slots_q
     if C.parts == 1:
         Q_K = ((Q,), (K,))
         q_smem = (buffers(Q, SLOTS_Q),)
@@ -962,7 +967,7 @@ def _prepare(
         block_n=config.block_n,
         stages=config.stages,
         stages_k=config.stages_k,
-        stages_q=config.stages_q,
+        slots_q=config.slots_q,
         consumers=config.consumers,
         dynamic=config.dynamic,
         waves=config.waves,
