@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -40,12 +38,8 @@ def machine_code(call: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize("call", ["bf16-128-causal", "bf16-64-long"])
-def test_machine_code(call):
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-    ):
-        kept, behind = pool.submit(machine_code, test_v3.CALLS[call]).result()
+def test_machine_code(call, compiling):
+    kept, behind = compiling(machine_code, test_v3.CALLS[call])
     for kernel in (kept, behind):
         assert "C7512" not in kernel["log"], kernel["log"]
         assert kernel["local"] == 0

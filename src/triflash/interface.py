@@ -274,8 +274,7 @@ def _gradients(
     options: tuple[Any, ...],
     extras: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    tensors = (dout, dlse, q, k, v, out, lse, *extras)
-    eager = ops.is_eager(*(t for t in tensors if t is not None))
+    eager = ops.is_eager(dout, dlse, q, k, v, out, lse, *extras)
     operator = torch.ops.triflash.attention_backward.default
     backward: Callable[..., Any] = ops.backward if eager else operator
     dq, dk, dv, dextras = backward(dout, dlse, q, k, v, out, lse, saved, *options, extras)

@@ -88,13 +88,17 @@ def run_forward(
         return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
 
 
-def is_eager(*tensors: Tensor) -> bool:
+def is_eager(*tensors: Tensor | None) -> bool:
     """Nobody would see or change a call of an operator: no compiler, mode, profiler or subclass.
 
-    Then its body does as well, and dispatching and validating again need not be paid for.
+    Then its body does as well, and dispatching and validating again need not be paid for. What is
+    not given may be None.
     """
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu) for t in tensors)
+        all(
+            t is None or (type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu))
+            for t in tensors
+        )
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

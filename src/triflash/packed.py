@@ -271,8 +271,7 @@ def _results(
     extras: tuple[Tensor, ...],
     return_attn_probs: bool,
 ) -> _Results:
-    where_given = [t for t in sequences[:4] if t is not None]
-    eager = ops.is_eager(*tensors, *extras, *where_given)
+    eager = ops.is_eager(*tensors, *extras, *sequences[:4])
     if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):
         tensors = ops.cast_for_autocast(*tensors)
         eager = False  # the operator's own rule turns autocast off inside
@@ -352,8 +351,7 @@ _OPTIONS = 8  # of an operator, between where sequences are and extras
 
 def _gradients(n: int, dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     *packed, out, lse, saved, options, extras = arguments
-    tensors = (dout, dlse, *packed, out, lse, *extras)
-    eager = ops.is_eager(*(t for t in tensors if t is not None))
+    eager = ops.is_eager(dout, dlse, *packed, out, lse, *extras)
     operator = torch.ops.triflash.packed_attention_backward.default
     backward = ops.packed_backward if eager else operator
     grads, dextras = backward(

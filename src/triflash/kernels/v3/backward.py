@@ -63,14 +63,12 @@ from triflash.kernels.v3.backward_shared import (
     PART_ROWS,
     UNSPECIALIZED,
     Schedule,
-    add_products,
     adder,
     after_kernel,
     before_kernel,
     buffer_of,
     columns_of,
     edges,
-    finished,
     head_of,
     last_visit,
     listed,
@@ -78,11 +76,9 @@ from triflash.kernels.v3.backward_shared import (
     masked,
     modified,
     next_block,
-    operands,
     pack,
     positions,
     producer,
-    products,
     rounded,
     tiles_of_program,
     unpack,
@@ -90,6 +86,7 @@ from triflash.kernels.v3.backward_shared import (
     zeros,
 )
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks
+from triflash.kernels.v3.products import add_products, finished, operands, products
 from triflash.kernels.v3.tma import (
     barriers,
     flat_view,

@@ -15,8 +15,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
@@ -276,52 +274,6 @@ def zeros(ring):
 def accumulator(WIDTH: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(WIDTH, 128), 16])
     return gl.zeros([KEYS, WIDTH], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def products(a, b, acc, USE_ACC: gl.constexpr):
-    """a b^T over all parts of columns, begun; on top of acc if USE_ACC."""
-    acc = warpgroup_mma(a[0], b[0].permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
-    if len(a) == 2:
-        acc = warpgroup_mma(a[1], b[1].permute((1, 0)), acc, is_async=True)
-    return acc
-
-
-@gluon.jit
-def add_products(x, b, acc):
-    """acc + x b for each part of columns, begun; x is of `operands`."""
-    first = warpgroup_mma(x[0], b[0], acc[0], is_async=True)
-    if len(acc) == 1:
-        result = (first,)
-    else:
-        result = (first, warpgroup_mma(x[1], b[1], acc[1], is_async=True))
-    return result
-
-
-@gluon.jit
-def finished(acc, BEHIND: gl.constexpr = 0):
-    """acc, waited for; BEHIND products that were begun later may go on."""
-    if len(acc) == 1:
-        result = (warpgroup_mma_wait(BEHIND, deps=acc),)
-    else:
-        result = warpgroup_mma_wait(BEHIND, deps=acc)
-    return result
-
-
-@gluon.jit
-def operands(x, acc):
-    """x as the left operand of the products that add to acc, which it is already."""
-    if len(acc) == 1:
-        result = (operand(x, acc[0]),)
-    else:
-        result = (operand(x, acc[0]), operand(x, acc[1]))
-    return result
-
-
-@gluon.jit
-def operand(x, acc):
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    return gl.convert_layout(x, LAYOUT)
 
 
 @gluon.jit

@@ -24,13 +24,11 @@ from triflash.kernels.v3.backward_shared import (
     PART_COLUMNS,
     PART_ROWS,
     UNSPECIALIZED,
-    add_products,
     adder,
     buffer_of,
     column_of,
     columns_of,
     edges,
-    finished,
     head_of,
     listed,
     locate,
@@ -40,10 +38,10 @@ from triflash.kernels.v3.backward_shared import (
     pack,
     positions,
     producer,
-    products,
     width_of,
     zeros,
 )
+from triflash.kernels.v3.products import add_products, finished, products
 from triflash.kernels.v3.tma import barriers, parts, rings, tile, tiles_of
 
 P_STAGES = gl.constexpr(2)  # blocks of p, and of ds

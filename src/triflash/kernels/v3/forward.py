@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -36,14 +35,16 @@ from triflash.kernels.common.softmax import LOG2_E, finish, softmax_step
 from triflash.kernels.common.varlen import lse_offset
 from triflash.kernels.v3.counters import counter_for
 from triflash.kernels.v3.packed import list_blocks, list_launch, most_blocks, place_at
+from triflash.kernels.v3.products import add_products, finished, operands, products
 from triflash.kernels.v3.tma import (
     barriers,
-    buffers,
     load,
     ragged_view,
+    rings,
     store,
     thread_barrier,
     tile,
+    tiles_of,
     view,
 )
 from triflash.spec import NOT_PACKED, AttentionSpec, Sequences
@@ -453,7 +454,7 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
-        acc = add_product(acc, p, v_smem, n % STAGES, PARTS_V)
+        acc = add_products(operands(p, acc), tiles_of(v_smem, n % STAGES), acc)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
         if C.kept:  # also where a sum is NaN
             flags = Counter + FLAG + gl.zeros_like(l_i).to(gl.int32)
@@ -462,7 +463,7 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         if Sinks is not None:
             sink = gl.load(Sinks + head).to(gl.float32)
         lse, normaliser = finish(m_i, l_i, sink)
-        acc = finished(acc, PARTS_V)
+        acc = finished(acc)
         release(v_empty.index(n % STAGES))
         n += 1
         if window_left is not None:
@@ -562,17 +563,11 @@ def halves(x):
 def scores(q, k_smem, slot, LAYOUT_S: gl.constexpr):
     """q k^T, begun."""
     BLOCK_N: gl.constexpr = k_smem[0].shape[-2]
-    if len(k_smem) == 2:
-        k = (tile(k_smem[0], slot), tile(k_smem[1], slot))
-    elif len(q) == 2:
-        k = halves(tile(k_smem[0], slot))
-    else:
-        k = (tile(k_smem[0], slot),)
+    k = tiles_of(k_smem, slot)
+    if len(k) < len(q):
+        k = halves(k[0])
     s = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT_S)
-    s = warpgroup_mma(q[0], k[0].permute((1, 0)), s, use_acc=False, is_async=True)
-    if len(q) == 2:
-        s = warpgroup_mma(q[1], k[1].permute((1, 0)), s, is_async=True)
-    return s
+    return products(q, k, s, False)
 
 
 @gluon.jit
@@ -581,35 +576,6 @@ def zeros(v_smem):
     WIDTH: gl.constexpr = v_smem.shape[-1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     return gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def add_product(acc, p, v_smem, slot, PARTS_V: gl.constexpr):
-    """acc + p v, begun."""
-    first = warpgroup_mma(operand(p, acc[0]), tile(v_smem[0], slot), acc[0], is_async=True)
-    if PARTS_V == 1:
-        result = (first,)
-    else:
-        second = warpgroup_mma(operand(p, acc[1]), tile(v_smem[1], slot), acc[1], is_async=True)
-        result = (first, second)
-    return result
-
-
-@gluon.jit
-def operand(p, acc):
-    """p as the left operand of a product, which it is already in every thread."""
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    return gl.convert_layout(p, LAYOUT)
-
-
-@gluon.jit
-def finished(acc, PARTS_V: gl.constexpr):
-    """acc, waited for."""
-    if PARTS_V == 1:
-        result = (warpgroup_mma_wait(0, deps=acc),)
-    else:
-        result = warpgroup_mma_wait(0, deps=acc)
-    return result
 
 
 @gluon.jit
@@ -733,7 +699,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
         await_turn(W)
     s = scores(q, k_smem, next_slot, LAYOUT_S)
     mbarrier.wait(v_full.index(slot), n // STAGES & 1)
-    acc = add_product(acc, p, v_smem, slot, C.parts_v)
+    acc = add_products(operands(p, acc), tiles_of(v_smem, slot), acc)
     if C.turns:
         pass_turn(W, C.consumers)
     s = warpgroup_mma_wait(C.parts_v, deps=(s,))
@@ -772,7 +738,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
         l_i = held(l_i)
     else:  # over already; what ptxas keeps above it is the maximum alone
         mbarrier.wait(v_full.index(slot), n // STAGES & 1)
-    acc = finished(acc, C.parts_v)
+    acc = finished(acc)
     release(v_empty.index(slot))
     p = p.to(v_smem[0].dtype)
     if not C.settled:
@@ -862,24 +828,19 @@ def forward_kernel(Q, K, V, Out, Q1, K1, V1, Out1, Lse, Counter, Blocks, ScoreMo
     SLOTS_Q: gl.constexpr = C.slots_q
     if C.parts == 1:
         Q_K = ((Q,), (K,))
-        q_smem = (buffers(Q, SLOTS_Q),)
-        k_smem = (buffers(K, STAGES_K),)
     else:
         Q_K = ((Q, Q1), (K, K1))
-        q_smem = (buffers(Q, SLOTS_Q), buffers(Q1, SLOTS_Q))
-        k_smem = (buffers(K, STAGES_K), buffers(K1, STAGES_K))
     if C.parts_v == 1:
         V_Out = ((V,), (Out,))
-        v_smem = (buffers(V, STAGES),)
     else:
         V_Out = ((V, V1), (Out, Out1))
-        v_smem = (buffers(V, STAGES), buffers(V1, STAGES))
+    q_smem = rings(Q_K[0], SLOTS_Q)
+    k_smem = rings(Q_K[1], STAGES_K)
+    v_smem = rings(V_Out[0], STAGES)
     if C.alias:  # out leaves through q's buffer
         o_smem = q_smem
-    elif C.parts_v == 1:
-        o_smem = (buffers(Out, CONSUMERS),)
     else:
-        o_smem = (buffers(Out, CONSUMERS), buffers(Out1, CONSUMERS))
+        o_smem = rings(V_Out[1], CONSUMERS)
     tile_smem = gl.allocate_shared_memory(
         gl.int32, [C.fields * SLOTS_Q, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )

@@ -15,14 +15,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-@builtin
-def reinterpret(buffer, dtype, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
-    """The same shared memory as a tile of another form; a method, whose name Triton 3.9 changed."""
-    names = ("reinterpret", "_reinterpret")
-    method = next(getattr(buffer, name) for name in names if hasattr(buffer, name))
-    return method(dtype, shape, layout, _semantic=_semantic)
+_buffer = gl.shared_memory_descriptor
+reinterpret = getattr(_buffer, "reinterpret", None) or _buffer._reinterpret
 
 
 @builtin
