@@ -281,15 +281,15 @@ def draw(Counter, tiles, C: gl.constexpr):
 
 
 @gluon.jit
-def fill(descs, entry, head, row, seqlen, bar, rings, slot, PARTS: gl.constexpr):
+def fill(descs, entry, head, row, seqlen, bar, smem, slot, PARTS: gl.constexpr):
     """Load a tile, in parts of columns, and have bar wait for all of it."""
     if PARTS == 1:
         mbarrier.expect(bar, descs[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        load(descs[1], entry, head, row, seqlen, bar, rings[1].index(slot),
+        load(descs[1], entry, head, row, seqlen, bar, smem[1].index(slot),
              descs[0].block_type.shape[-1])  # fmt: skip
-    load(descs[0], entry, head, row, seqlen, bar, rings[0].index(slot))
+    load(descs[0], entry, head, row, seqlen, bar, smem[0].index(slot))
 
 
 @gluon.jit
