@@ -668,6 +668,8 @@ BAD = {
     "k's heads": ({"k": torch.randn(6, 1, 16)}, ValueError, "v must have k's nheads 1, got 2"),
     "k's dtype": ({"k": torch.randn(6, 2, 16).half()}, TypeError, "k must have q's dtype"),
     "a list": ({"cu_seqlens_q": [0, 5, 8]}, TypeError, "cu_seqlens_q must be a torch.Tensor, got"),
+    "no rows": ({"k": None}, TypeError, "k must be a torch.Tensor, got NoneType"),
+    "no cu_seqlens": ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q must be a torch.Tensor"),
     "int64": (
         {"cu_seqlens_k": ints(0, 2, 6, dtype=torch.int64)},
         TypeError, "cu_seqlens_k must be int32, got torch.int64",

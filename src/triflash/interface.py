@@ -274,7 +274,7 @@ def _gradients(
     options: tuple[Any, ...],
     extras: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    eager = ops.is_eager(dout, dlse, q, k, v, out, lse, *extras)
+    eager = ops.is_eager(dout, q, k, v, out, lse, *extras, optional=[dlse])
     operator = torch.ops.triflash.attention_backward.default
     backward: Callable[..., Any] = ops.backward if eager else operator
     dq, dk, dv, dextras = backward(dout, dlse, q, k, v, out, lse, saved, *options, extras)

@@ -88,17 +88,15 @@ def run_forward(
         return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
 
 
-def is_eager(*tensors: Tensor | None) -> bool:
+def is_eager(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:
     """Nobody would see or change a call of an operator: no compiler, mode, profiler or subclass.
 
-    Then its body does as well, and dispatching and validating again need not be paid for. What is
-    not given may be None.
+    Then its body does as well, and dispatching and validating again need not be paid for. Only
+    what is optional may be None: a None for q is no tensor yet, and validation has to say so.
     """
+    given = (*tensors, *(tensor for tensor in optional if tensor is not None))
     return (
-        all(
-            t is None or (type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu))
-            for t in tensors
-        )
+        all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu) for t in given)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

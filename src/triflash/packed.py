@@ -55,7 +55,7 @@ def flash_attn_qkvpacked_func(
     _check_shape("qkv", qkv, ("batch", "seqlen", "3", "nheads", "headdim"))
     features = _features(qkv, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
-    return _results((qkv,), _PADDED, options, *features, return_attn_probs)
+    return _results((qkv,), None, options, *features, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -88,7 +88,7 @@ def flash_attn_kvpacked_func(
     _check_shape("kv", kv, ("batch", "seqlen_k", "2", "nheads_k", "headdim"))
     features = _features(q, window_size, softcap, alibi_slopes, dropout_p)
     options = (softmax_scale, causal, deterministic, False, implementation)
-    return _results((q, kv), _PADDED, options, *features, return_attn_probs)
+    return _results((q, kv), None, options, *features, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -265,13 +265,14 @@ def _features(
 
 def _results(
     tensors: tuple[Tensor, ...],
-    sequences: tuple[Any, ...],
+    given: tuple[Any, ...] | None,
     options: tuple[Any, ...],
     features: Features,
     extras: tuple[Tensor, ...],
     return_attn_probs: bool,
 ) -> _Results:
-    eager = ops.is_eager(*tensors, *extras, *sequences[:4])
+    sequences = _PADDED if given is None else given
+    eager = ops.is_eager(*tensors, *extras, optional=sequences[:4])
     if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):
         tensors = ops.cast_for_autocast(*tensors)
         eager = False  # the operator's own rule turns autocast off inside
@@ -279,7 +280,7 @@ def _results(
     q, k, v = ops.split(tensors)
     rest = (*numbers, ops.aligned_bases(q, k, v) if eager else True, features, extras)
     where = NOT_PACKED
-    if sequences[0] is None:  # _PADDED; Dynamo does not compare tuples by identity
+    if given is None:
         spec = make_spec(q, k, v, *rest)
     else:
         *indices, max_seqlen_q, max_seqlen_k = sequences
@@ -351,7 +352,7 @@ _OPTIONS = 8  # of an operator, between where sequences are and extras
 
 def _gradients(n: int, dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     *packed, out, lse, saved, options, extras = arguments
-    eager = ops.is_eager(dout, dlse, *packed, out, lse, *extras)
+    eager = ops.is_eager(dout, out, lse, *extras, optional=[dlse, *packed])
     operator = torch.ops.triflash.packed_attention_backward.default
     backward = ops.packed_backward if eager else operator
     grads, dextras = backward(
