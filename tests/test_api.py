@@ -140,6 +140,49 @@ WRONG_TENSORS = {
 }
 
 
+NOT_DENSE = {
+    "sparse": lambda q: q.to_sparse(),
+    "mkldnn": lambda q: q.to_mkldnn(),
+    "nested": lambda q: torch.nested.nested_tensor(list(q)),
+    "jagged": lambda q: torch.nested.nested_tensor(list(q), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_must_be_dense(kind):
+    make = NOT_DENSE[kind]
+    q, v = (torch.ones(2, 5, 4, n) for n in (16, 1))  # where strides of 0 would do
+    what = "nested one" if kind in ("nested", "jagged") else "layout torch._?"
+    for name, wrong in (("q", q), ("v", v)):
+        tensors = {"q": q, "k": q, "v": v} | {name: make(wrong)}
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*{what}"):
+            attention(**tensors)
+    qkv = torch.ones(2, 5, 3, 4, 16)
+    with pytest.raises(TypeError, match=f"qkv must be a dense tensor, got .*{what}"):
+        triflash.flash_attn_qkvpacked_func(make(qkv))
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    packed = torch.ones(5, 4, 16)
+    for name in ("q", "k"):
+        tensors = dict.fromkeys("qkv", packed) | {name: make(packed)}
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*{what}"):
+            triflash.flash_attn_varlen_func(**tensors, **_sequences(cu_seqlens, 5))
+
+
+def test_extras_must_be_dense():
+    q = torch.ones(2, 5, 4, 16)
+    for name, shape in (("sinks", (4,)), ("bias", (1, 1, 5, 5)), ("alibi_slopes", (4,))):
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*sparse"):
+            attention(q, q, q, **{name: torch.ones(shape).to_sparse()})
+
+
+def _sequences(cu_seqlens: torch.Tensor, longest: int) -> dict[str, object]:
+    return {
+        "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("function", [attention, flash_attn_func])
 @pytest.mark.parametrize("name", WRONG_TENSORS)
 def test_wrong_tensors(name, function):
@@ -162,12 +205,17 @@ def test_wrong_tensors(name, function):
         ("softmax_scale", torch.ones(1), TypeError, ["number", "Tensor"]),
         ("causal", 1, TypeError, ["bool", "1"]),
         ("causal", None, TypeError, ["bool", "None"]),
+        ("causal", [True], TypeError, ["bool", "[True]"]),
+        ("softmax_scale", [1.0], TypeError, ["number", "list"]),
         ("deterministic", "no", TypeError, ["bool", "no"]),
+        ("deterministic", {}, TypeError, ["bool", "{}"]),
         ("allow_tf32", 0, TypeError, ["bool", "0"]),
+        ("allow_tf32", [], TypeError, ["bool", "[]"]),
         ("implementation", "v0", ValueError, ["v0", *ROWS]),
         ("implementation", "V2", ValueError, ["V2", "v2"]),
         ("implementation", "", ValueError, ["''"]),
         ("implementation", None, (ValueError, TypeError), ["None"]),
+        ("implementation", ["v2"], ValueError, ["['v2']", *ROWS]),
     ],
     ids=str,
 )

@@ -17,6 +17,7 @@ from helpers import (
     every_row,
     skip_unsupported,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import triflash
@@ -176,6 +177,39 @@ def test_export(implementation, device):
     q = torch.randn(2, N + 5, 2, 16, device=device, dtype=DTYPE)
     expected = attention(q, *tensors[1:], causal=True, implementation=implementation)
     torch.testing.assert_close(program.module()(q, *tensors[1:]), expected, rtol=0, atol=0)
+
+
+def _attention_and_gradients(q, k, v):
+    out = attention(q, k, v, causal=True)
+    return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+
+def _packed_and_gradient(qkv, cu_seqlens):
+    longest = qkv.shape[0]
+    out = triflash.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, longest, causal=True)
+    return out, *torch.autograd.grad(out.sum(), qkv)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_make_fx(packed, mode, device):
+    """A traced call is the call; with symbolic sizes at other sizes too."""
+
+    def arguments(seqlen: int) -> tuple[torch.Tensor, ...]:
+        def leaf(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device, dtype=DTYPE, requires_grad=True)
+
+        if not packed:
+            return tuple(leaf(2, seqlen, 2, 16) for _ in range(3))
+        cu_seqlens = torch.tensor([0, 3, seqlen], device=device, dtype=torch.int32)
+        return leaf(seqlen, 3, 2, 16), cu_seqlens
+
+    call = _packed_and_gradient if packed else _attention_and_gradients
+    traced = make_fx(call, tracing_mode=mode)(*arguments(N))
+    for seqlen in (N, N + 3) if mode == "symbolic" else (N,):
+        given = arguments(seqlen)
+        for a, b in zip(traced(*given), call(*given), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @every_differentiable_row

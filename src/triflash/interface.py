@@ -163,11 +163,13 @@ def _attention(
     if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
         eager = False  # the operator's own rule turns autocast off inside
-    bases = ops.aligned_bases(q, k, v) if eager else True
+    bases = ops.aligned_bases(q, k, v, eager)
     spec = make_spec(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases, features, extras
     )  # fmt: skip
-    needs_grad, features, spec, row = resolved(implementation, spec, features, (q, k, v), extras)
+    needs_grad, features, spec, row = resolved(
+        implementation, spec, features, (q, k, v), extras, eager
+    )  # fmt: skip
     if row is None and needs_grad:
         q, k, v = apart((q, k, v))
     if eager and not needs_grad and not transformed():
@@ -189,21 +191,30 @@ def resolved(
     features: Features,
     tensors: _Tensors,
     extras: _Tensors,
+    eager: bool,
 ) -> tuple[bool, Features, AttentionSpec, registry.Implementation | None]:
     """Whether gradients are wanted, features and spec that say of which extras, and the row.
 
-    There is no row while compiling: the operator will look for it.
+    There is no row while tracing: the operator will look for it.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *extras))
     if needs_grad and features is not PLAIN:
         features = replace(features, with_grad=mods.differentiable(features, extras))
         spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
     row = None
-    if not torch.compiler.is_compiling():
+    if not isinstance(implementation, str):  # what has no hash cannot be looked up
+        registry.get(implementation)
+    if eager or not tracing(spec):
         row = registry.resolve(implementation, spec, target_of(tensors[0].device))
         if needs_grad:
             registry.check_backward(row)
     return needs_grad, features, spec, row
+
+
+def tracing(spec: AttentionSpec) -> bool:
+    """Whether sizes may be symbols: in torch.compile, and in make_fx if they are."""
+    sizes = (spec.batch, spec.seqlen_q, spec.seqlen_k, spec.nheads, spec.nheads_k, spec.headdim)
+    return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in sizes)
 
 
 def apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:

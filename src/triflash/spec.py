@@ -325,18 +325,49 @@ def make_spec(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    # Dynamo cannot hash symbolic sizes, and needs to see the comparisons to guard on them.
-    validate = _validate.__wrapped__ if torch.compiler.is_compiling() else _validate
-    spec = validate(
-        q.shape, k.shape, v.shape,
-        q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device,
-        q.stride(), k.stride(), v.stride(),
-        softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
+        check_dense(q=q, k=k, v=v)
+    spec = _remembered(
+        _validate,
+        (
+            q.shape, k.shape, v.shape,
+            q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device,
+            q.stride(), k.stride(), v.stride(),
+            softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+        ),
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
     return spec
+
+
+def check_dense(**tensors: object) -> None:
+    """Raises TypeError if one of these is a nested or sparse tensor, or has no strides else."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and (
+            tensor.is_nested or tensor.layout != torch.strided
+        ):
+            kind = (
+                "a nested one, whose sequences flash_attn_varlen_func takes packed"
+                if tensor.is_nested
+                else f"layout {tensor.layout}"
+            )
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def _remembered(validate: Any, arguments: tuple[Any, ...]) -> AttentionSpec:
+    """What `validate`, an `lru_cache`, gives, which cannot remember what has no hash.
+
+    That is a list where a number belongs, which validation will name, and a symbolic size, whose
+    comparisons whoever traces has to see, to guard on them.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            return validate(*arguments)
+        except TypeError:  # of what is wrong, which is told below, or of what has no hash
+            pass
+    return validate.__wrapped__(*arguments)
 
 
 @lru_cache(maxsize=4096, typed=True)  # True and 1 are one key otherwise
@@ -508,6 +539,7 @@ def _check_extras(
     for name, tensor in zip(names, extras, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(**{name: tensor})
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
         if name == "bias":
@@ -597,6 +629,8 @@ def make_varlen_spec(
         raise ValueError(
             "block_mask is of padded tensors: packed sequences do not see each other without one"
         )
+    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
+        check_dense(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(
@@ -606,14 +640,15 @@ def make_varlen_spec(
     total_q, total_k = q.shape[0], k.shape[0]
     if v.shape[0] != total_k:
         raise ValueError(f"v must have k's {total_k} rows, got {v.shape[0]}")
-    validate, about = _validate_varlen, Varlen(_power_below(total_q), _power_below(total_k))
-    if torch.compiler.is_compiling():
-        validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
-    spec = validate(
-        *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
-        *(None if t is None else _metadata(t) for t in sequences),
-        min(max_seqlen_q, total_q), min(max_seqlen_k, total_k), about, softmax_scale, causal,
-        deterministic, allow_tf32, aligned_bases, features,
+    spec = _remembered(
+        _validate_varlen,
+        (
+            *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
+            *(None if t is None else _metadata(t) for t in sequences),
+            min(max_seqlen_q, total_q), min(max_seqlen_k, total_k),
+            Varlen(_power_below(total_q), _power_below(total_k)),
+            softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+        ),
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
@@ -628,8 +663,9 @@ def _metadata(tensor: torch.Tensor) -> _Metadata:
 
 
 def _power_below(total: int) -> int:
-    # While compiling it may be a symbol; the operator will see a number.
-    return 0 if torch.compiler.is_compiling() else 1 << total.bit_length() >> 1
+    # While tracing it may be a symbol; the operator will see a number.
+    symbol = torch.compiler.is_compiling() or isinstance(total, torch.SymInt)
+    return 0 if symbol else 1 << total.bit_length() >> 1
 
 
 @lru_cache(maxsize=4096, typed=True)
