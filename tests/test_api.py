@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -211,6 +212,9 @@ def test_wrong_tensors(name, function):
         ("deterministic", {}, TypeError, ["bool", "{}"]),
         ("allow_tf32", 0, TypeError, ["bool", "0"]),
         ("allow_tf32", [], TypeError, ["bool", "[]"]),
+        ("return_lse", 1, TypeError, ["bool", "1"]),
+        ("return_lse", None, TypeError, ["bool", "None"]),
+        ("return_lse", torch.ones(2), TypeError, ["bool", "tensor"]),
         ("implementation", "v0", ValueError, ["v0", *ROWS]),
         ("implementation", "V2", ValueError, ["V2", "v2"]),
         ("implementation", "", ValueError, ["''"]),
@@ -224,6 +228,25 @@ def test_wrong_options(option, value, error, words, qkv):
         attention(*qkv, **{option: value})
     for word in (option, *words):
         assert word in str(caught.value)
+
+
+def test_return_attn_probs_must_be_a_bool(qkv):
+    """In each function that has it."""
+    q, k, v = qkv
+    stacked, longest = torch.stack(qkv, dim=2), q.shape[1]
+    cu_seqlens = torch.tensor([0, longest], device=q.device, dtype=torch.int32)
+    sequences = _sequences(cu_seqlens, longest)
+    for call in (
+        partial(flash_attn_func, q, k, v),
+        partial(triflash.flash_attn_qkvpacked_func, stacked),
+        partial(triflash.flash_attn_kvpacked_func, q, stacked[:, :, 1:]),
+        partial(triflash.flash_attn_varlen_func, q[0], k[0], v[0], **sequences),
+        partial(triflash.flash_attn_varlen_qkvpacked_func, stacked[0], cu_seqlens, longest),
+        partial(triflash.flash_attn_varlen_kvpacked_func, q[0], stacked[0, :, 1:], **sequences),
+    ):
+        for wrong in (1, None, cu_seqlens):
+            with pytest.raises(TypeError, match="return_attn_probs must be a bool, got"):
+                call(return_attn_probs=wrong)
 
 
 def test_what_is_no_tensor_is_named_under_autocast(qkv, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -294,8 +295,14 @@ BAD = {
     "bare score_mod": ({"score_mod": _plain}, TypeError, ["score_mod", "triflash.mods", "_plain"]),
     "bare mask_mod": ({"mask_mod": document}, TypeError, ["mask_mod", "document"]),
     "aux alone": ({"aux": (1,)}, ValueError, ["aux", "score_mod"]),
+    "aux None": ({"aux": None}, TypeError, ["aux", "NoneType"]),
+    "aux a tensor alone": ({"aux": torch.ones(3)}, TypeError, ["aux", "Tensor"]),
     "aux a tensor": ({"mask_mod": DOCUMENT, "aux": torch.ones(3)}, TypeError, ["aux", "Tensor"]),
     "aux of words": ({"mask_mod": DOCUMENT, "aux": ("x",)}, TypeError, ["aux[0]", "str"]),
+    "aux of a long int": ({"mask_mod": DOCUMENT, "aux": (2**63,)}, ValueError, ["aux[0]", "64"]),
+    "aux complex": (
+        {"mask_mod": DOCUMENT, "aux": (torch.ones(3) * 1j,)}, TypeError, ["aux[0]", "complex64"],
+    ),
     "aux elsewhere": (
         {"mask_mod": DOCUMENT, "aux": (torch.ones(3, device="meta"),)}, ValueError,
         ["aux0", "meta"],
@@ -319,6 +326,14 @@ BAD = {
     "sinks elsewhere": ({"sinks": torch.ones(4, device="meta")}, ValueError, ["sinks", "meta"]),
     "sinks strided": ({"sinks": torch.ones(1).expand(4)}, ValueError, ["sinks", "contiguous"]),
 }  # fmt: skip
+
+
+def test_keys_can_stand_in_the_text_of_features():
+    """A file that `triflash mask` loads may be called anything."""
+    inner = types.SimpleNamespace(__module__="_mask_of_a,b;c=d", __qualname__="f.<locals>.g")
+    key = mods._new_key(types.SimpleNamespace(fn=inner))
+    features = Features(mask_mod=Mod(key, (1, "aux1")))
+    assert features_of_text(features.text) == features
 
 
 @pytest.mark.parametrize("bad", BAD)

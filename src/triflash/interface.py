@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from triflash import mods, ops, registry
 from triflash.dropout import seed_for
 from triflash.reference import signed_probabilities
-from triflash.spec import PLAIN, AttentionSpec, Features, make_spec
+from triflash.spec import PLAIN, AttentionSpec, Features, check_flag, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -96,6 +96,7 @@ def attention(
         dropout_p, seed_for(q, dropout_p) if dropout_seed is None else dropout_seed,
     )  # fmt: skip
     causal = mods.causal_of(causal, block_mask)
+    check_flag("return_lse", return_lse)
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, features, extras
     )  # fmt: skip
@@ -130,6 +131,7 @@ def flash_attn_func(
     Raises:
         As in `attention`.
     """
+    check_flag("return_attn_probs", return_attn_probs)
     seed = seed_for(q, dropout_p)
     features, extras = mods.features_of(
         window_size, softcap, alibi_slopes, dropout_p=dropout_p, dropout_seed=seed

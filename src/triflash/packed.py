@@ -24,6 +24,7 @@ from triflash.spec import (
     Features,
     Sequences,
     check_dense,
+    check_flag,
     make_spec,
     make_varlen_spec,
 )
@@ -279,6 +280,7 @@ def _results(
     extras: tuple[Tensor, ...],
     return_attn_probs: bool,
 ) -> _Results:
+    check_flag("return_attn_probs", return_attn_probs)
     sequences = _PADDED if given is None else given
     eager = ops.is_eager(*tensors, *extras, optional=sequences[:4])
     if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):

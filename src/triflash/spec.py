@@ -356,6 +356,12 @@ def check_dense(**tensors: object) -> None:
             raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
+def check_flag(name: str, flag: object) -> None:
+    """Raises TypeError if `flag` is not a bool, but 1, say, or a tensor."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {flag!r}")
+
+
 def _remembered(validate: Any, arguments: tuple[Any, ...]) -> AttentionSpec:
     """What `validate`, an `lru_cache`, gives, which cannot remember what has no hash.
 
@@ -445,8 +451,7 @@ def _validate(
         ("deterministic", deterministic),
         ("allow_tf32", allow_tf32),
     ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+        check_flag(name, flag)
     if features.blocks is not None:
         _check_blocks(features.blocks, batch, nheads, seqlen_q, seqlen_k)
     causal, features = _narrowest(causal, features, seqlen_q, seqlen_k)
