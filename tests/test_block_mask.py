@@ -279,6 +279,10 @@ BAD = {
     "three sizes": ({"block_size": (64, 64, 64)}, TypeError, ["block_size", "(64, 64, 64)"]),
     "causal a word": ({"causal": "yes"}, TypeError, ["causal", "'yes'"]),
     "window": ({"window_size": (-2, 0)}, ValueError, ["window_size", "(-2, 0)"]),
+    "causal a list": ({"causal": [True]}, TypeError, ["causal", "[True]"]),
+    "no device": ({"device": "gpu"}, ValueError, ["device", "'gpu'"]),
+    "device a number": ({"device": 3.5}, ValueError, ["device", "3.5"]),
+    "device of half a name": ({"device": ""}, ValueError, ["device", "''"]),
     "aux": ({"aux": ("x",)}, TypeError, ["aux[0]", "str"]),
     "aux elsewhere": (
         {"aux": (torch.ones(3, device="meta"),), "device": "cpu"}, ValueError, ["aux0", "meta"],
@@ -292,6 +296,13 @@ def test_bad_input(bad):
     with pytest.raises(error) as caught:
         make(**options)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_gpu_that_is_not_here():
+    if GPU:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"device must be .*'cuda'.* no GPU"):
+        make(device="cuda")
 
 
 def test_bad_calls(device):
