@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import replace
 
@@ -169,6 +170,34 @@ def test_not_more_is_kept_than_is_said(device):
     assert len(block_mask._made) == block_mask._MOST_KEPT
     first = make(batch=None, nheads=None, seqlen_q=10, seqlen_k=10, aux=(5,), device=device)
     assert first.kv_counts is next(reversed(block_mask._made.values()))[1][0]
+
+
+def test_copies_of_a_module_that_holds_a_mask(device):
+    """As torch.optim.swa_utils makes them: its mask is as up to date as that which was copied."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ids = torch.nn.Buffer(torch.zeros(1, 70, dtype=torch.int32, device=device))
+            self.ids[:, 3:] = 1
+            self.ids[:, 9:] = 2  # its second version; a copy has had fewer
+            self.mask = make(DOCUMENT, None, None, 70, 70, aux=(self.ids,))
+            self.score_mod = RELATIVE
+
+    q = torch.randn(1, 70, 2, 16, device=device)
+    model = Model()
+    copied = copy.deepcopy(model)
+    assert copied.score_mod is RELATIVE
+    assert copied.mask.mask_mod is DOCUMENT
+    assert copied.mask.aux[0] is copied.ids
+    outs = [attention(q, q, q, block_mask=m.mask) for m in (model, copied, copy.copy(model))]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    copied.ids.zero_()
+    attention(q, q, q, block_mask=model.mask)
+    for stale in (copied, copy.deepcopy(copied)):
+        with pytest.raises(ValueError, match="block_mask is out of date"):
+            attention(q, q, q, block_mask=stale.mask)
 
 
 def test_out_of_date(device):

@@ -21,7 +21,8 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
@@ -42,8 +43,15 @@ from triflash.spec import (
 Tensor = torch.Tensor
 
 
+class _Modification:
+    """What is known by its key alone, so that a copy of a model which holds one holds the same."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # its functions are Triton's, with a lock inside
+
+
 @dataclass(frozen=True, eq=False)
-class ScoreMod:
+class ScoreMod(_Modification):
     """A score modification, as `score_mod` makes it."""
 
     key: str
@@ -56,7 +64,7 @@ class ScoreMod:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskMod:
+class MaskMod(_Modification):
     """A mask modification, as `mask_mod` makes it; `parts` are those that it joins, if any."""
 
     key: str
@@ -111,6 +119,13 @@ class BlockMask:
         """Empty blocks of all, in percent; waits for the GPU."""
         states = self.states()
         return 100.0 * int((states == 0).sum()) / max(1, states.numel())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockMask:
+        """With tensors of its own, as up to date as this one is."""
+        copied = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self)}
+        fresh = self.versions == versions(self.aux)
+        copied["versions"] = versions(copied["aux"]) if fresh else (-1,) * len(self.versions)
+        return BlockMask(**copied)
 
     def __repr__(self) -> str:
         """The counts, which wait for the GPU."""
