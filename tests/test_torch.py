@@ -356,7 +356,7 @@ def test_forward_mode_raises(implementation, device):
 
 
 @every_differentiable_row
-def test_functional_grad_raises_or_is_right(implementation, device):
+def test_functional_grad_raises(implementation, device):
     """torch.func.grad over an operator without the rule must not give zeros."""
     skip_unsupported(CASE, implementation, device)
     q = torch.randn(1, 4, 1, 16, device=device, dtype=DTYPE)
@@ -364,13 +364,40 @@ def test_functional_grad_raises_or_is_right(implementation, device):
     def loss(q):
         return attention(q, q, q, implementation=implementation).square().sum()
 
-    leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    try:
-        got = torch.func.grad(loss)(q)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, expected)
+    with pytest.raises(NotImplementedError, match=r"torch\.func .*grad"):
+        torch.func.grad(loss)(q)
+
+
+@every_backend
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_transforms_raise_when_compiled(packed, backend, device):
+    """There no autograd.Function is asked for a rule; gradients and tangents were 0."""
+    from torch.autograd import forward_ad
+
+    x = torch.randn(1, 4, 3, 1, 16, device=device, dtype=DTYPE)
+
+    def call(x):
+        return triflash.flash_attn_qkvpacked_func(x) if packed else attention(*x.unbind(2))
+
+    def loss(x):
+        return call(x).square().sum()
+
+    def forward_mode(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
+
+    def compiled(function):
+        torch._dynamo.reset()
+        return torch.compile(function, backend=backend)
+
+    for raises in (
+        lambda: compiled(torch.func.grad(loss))(x),
+        lambda: torch.func.grad(compiled(loss))(x),
+        lambda: compiled(lambda x: torch.func.jvp(call, (x,), (x,)))(x),
+        lambda: compiled(forward_mode)(x),
+    ):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            raises()
 
 
 @every_differentiable_row

@@ -181,7 +181,7 @@ def _attention(
     options = (
         spec.softmax_scale, causal, deterministic, allow_tf32, implementation, features.text
     )  # fmt: skip
-    if needs_grad or transformed():
+    if transformed() or needs_grad:
         return _Attention.apply(q, k, v, (spec, row) if eager else None, *options, *extras)
     out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options, extras)
     return out, lse
@@ -228,10 +228,24 @@ def apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def transformed() -> bool:
-    """Inside torch.func or forward-mode AD, where _Attention raises and an operator would not."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Inside forward-mode AD, where _Attention raises and an operator would not.
+
+    Also while compiling, where graphs have had _Attention in any case.
+
+    Raises:
+        NotImplementedError: inside a transform of torch.func, or inside compiled forward-mode AD,
+            whose graphs ask nobody for a rule and would give zeros.
+    """
+    # No `is not None`, which Dynamo takes for true.
+    transforms = not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
+    forward_mode, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    if transforms or (forward_mode and compiling):
+        raise NotImplementedError(
+            "triflash has no rules for the transforms of torch.func (vmap, grad, jvp, ...) and for "
+            "forward-mode AD: put what vmap would map over into the batch, and call "
+            "torch.autograd.grad"
+        )
+    return forward_mode or compiling
 
 
 class _Attention(torch.autograd.Function):

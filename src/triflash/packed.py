@@ -304,7 +304,7 @@ def _results(
         tensors = apart(tensors)
         sequences = (*apart(sequences[:4]), *sequences[4:])
     options = (spec.softmax_scale, *options[1:], features.text)
-    if needs_grad or transformed():
+    if transformed() or needs_grad:
         body = (spec, row, where) if eager else None
         arguments = (*tensors, *sequences, *options, *extras)
         out, lse = _PackedAttention.apply(body, len(tensors), *arguments)
