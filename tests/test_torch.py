@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from helpers import (
     skip_unsupported,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import triflash
@@ -290,6 +292,34 @@ def test_opcheck_backward(implementation, with_dlse, device):
         torch.ops.triflash.attention_backward.default,
         (inputs.dout, dlse, inputs.q, inputs.k, inputs.v, out, lse, saved, *options),
     )
+
+
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_modes_see_the_operators_and_change_nothing(implementation, device):
+    """As FlopCounterMode is one; the reference's own use of autograd is inside of an operator."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = _leaves(replace(CASE, dtype=torch.float16), device)
+    skip_unsupported(replace(CASE, dtype=torch.float16), implementation, device)
+    bias = torch.randn(1, 2, N, 1, device=device, requires_grad=True)
+    slopes = torch.ones(2, device=device)
+
+    def gradients():
+        out = attention(
+            q, k, v, softcap=3.0, alibi_slopes=slopes, bias=bias, implementation=implementation
+        )
+        return torch.autograd.grad(out.float().sum(), (q, k, v, bias))
+
+    expected, names = gradients(), []
+    with Seen():
+        got = gradients()
+    assert {"triflash.attention_forward.default", "triflash.attention_backward.default"} <= {*names}
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @every_row

@@ -7,6 +7,7 @@ those of FlashAttention (arXiv:2205.14135), section 2.2 and appendix B.2, withou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +72,7 @@ def backward(
         return _packed_backward(dout, dlse, q, k, v, out, lse, spec, extras, sequences)
     q, k, v, dout = _head_major(spec, q, k, v, dout)
     raw = q @ k.transpose(-1, -2) * spec.softmax_scale
-    with torch.enable_grad():
+    with _recording():
         leaves = (raw.requires_grad_(), *(t.detach() for t in extras))
         wanted = [raw, *(t.requires_grad_() for t in spec.features.gradients_of(leaves[1:]))]
         modified = modify(raw, spec, leaves[1:], first)
@@ -93,6 +94,17 @@ def backward(
         dk, dv = (g.unflatten(1, (spec.nheads_k, spec.group_size)).sum(dim=2) for g in (dk, dv))
     grads = (grad.transpose(1, 2).to(spec.dtype).contiguous() for grad in (dq, dk, dv))
     return *grads, *dextras
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also in an operator that a `TorchDispatchMode` called, where it is left out."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def modify(
