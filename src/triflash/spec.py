@@ -359,7 +359,12 @@ def check_dense(**tensors: object) -> None:
 def check_flag(name: str, flag: object) -> None:
     """Raises TypeError if `flag` is not a bool, but 1, say, or a tensor."""
     if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be a bool, got {flag!r}")
+        raise TypeError(f"{name} must be a bool, got {shown(flag)}")
+
+
+def shown(value: object) -> str:
+    """`value` for a message; of a tensor no values, for which it would wait."""
+    return type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _remembered(validate: Any, arguments: tuple[Any, ...]) -> AttentionSpec:
@@ -485,7 +490,7 @@ def window_of(window_size: object) -> tuple[int | None, int | None]:
     if window_size is None:
         return None, None
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+        raise TypeError(f"window_size must be a pair (left, right), got {shown(window_size)}")
     for side in window_size:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(
