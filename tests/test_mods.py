@@ -328,6 +328,42 @@ BAD = {
 }  # fmt: skip
 
 
+WRONG_REFERENCES = {
+    "nothing": lambda x: None,
+    "a number": lambda x: 1,
+    "ints": lambda x: x.int(),
+    "another dtype": lambda x: x.double(),
+    "five dimensions": lambda x: x[None],
+    "another length": lambda x: x[..., :3],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REFERENCES)
+def test_references_that_give_something_else(wrong, device):
+    """PyTorch would broadcast the most of it."""
+    give = WRONG_REFERENCES[wrong]
+    q = torch.randn(2, 5, 4, 16, device=device)
+    of_scores = mods.score_mod(relative, reference=lambda score, *_: give(score))
+    of_masks = mods.mask_mod(
+        document, reference=lambda b, h, q_idx, kv_idx, aux: give(kv_idx <= q_idx)
+    )
+    for options, dtype in (({"score_mod": of_scores}, "float32"), ({"mask_mod": of_masks}, "bool")):
+        with pytest.raises(TypeError, match=rf"reference of .* must return {dtype} .*, got"):
+            attention(q, q, q, **options, implementation="reference")
+
+
+def test_a_reference_that_gives_one_for_all_keys(device):
+    q, k, v = (torch.randn(2, 5, 4, 16, device=device, requires_grad=True) for _ in range(3))
+    mod = mods.score_mod(
+        relative, derivative=relative_derivative, reference=lambda score, *_: score[..., :1]
+    )
+    out = attention(q, k, v, score_mod=mod, implementation="reference")
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
+    dq, dv = torch.autograd.grad(out.sum(), (q, v))
+    torch.testing.assert_close(dq, torch.zeros_like(q), atol=1e-5, rtol=0)
+    torch.testing.assert_close(dv, torch.ones_like(v))
+
+
 def test_keys_can_stand_in_the_text_of_features():
     """A file that `triflash mask` loads may be called anything."""
     inner = types.SimpleNamespace(__module__="_mask_of_a,b;c=d", __qualname__="f.<locals>.g")

@@ -187,11 +187,6 @@ def _states_by_reference(
         queries = slice(start, min(start + blocks.size_q, blocks.seqlen_q))
         seen = reference.seen(spec, states.device, extras, queries=queries)
         shape = (*states.shape[:2], queries.stop - start, blocks.seqlen_k)
-        if seen.dtype != torch.bool or torch.broadcast_shapes(seen.shape, shape) != shape:
-            raise TypeError(
-                f"the reference of {spec.features.mods[0].key} must return bool that broadcasts to "
-                f"{shape}, got {seen.dtype} of shape {tuple(seen.shape)}"
-            )
         # Keys that fill up the last block are not seen, so that it is not full.
         filled = seen.new_zeros(*shape[:3], states.shape[3] * blocks.size_k)
         filled[..., : blocks.seqlen_k] = seen
