@@ -387,6 +387,16 @@ def test_bad_input(bad, device):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_bias_that_is_negated_when_it_is_read(device):
+    """Kernels would read what lies there."""
+    q = torch.randn(2, 5, 4, 16, device=device)
+    bias = torch.randn(1, 1, 5, 5, device=device, dtype=torch.complex64).conj().imag
+    assert bias.is_neg()
+    with pytest.raises(ValueError, match=r"bias must be .*bias\.resolve_neg\(\)"):
+        attention(q, q, q, bias=bias)
+    attention(q, q, q, bias=bias.resolve_neg())
+
+
 def test_bad_functions():
     with pytest.raises(TypeError, match=r"score_mod must be a @triton.jit function.*_plain"):
         mods.score_mod(_plain)
