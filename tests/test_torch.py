@@ -319,7 +319,7 @@ def test_modes_see_the_operators_and_change_nothing(implementation, device):
         got = gradients()
     assert {"triflash.attention_forward.default", "triflash.attention_backward.default"} <= {*names}
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # bias's is added in any order
 
 
 @every_row
