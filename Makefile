@@ -15,11 +15,12 @@ PY = $(VENV)/bin/python
 SETUP = $(VENV)/.triflash-is-installed
 endif
 
-.PHONY: help demo test bench bench-runtime bench-memory lint types format setup clean distclean
+.PHONY: help demo test smoke bench bench-runtime bench-memory lint types format setup clean distclean
 
 help:
 	@echo "make demo      train a tiny GPT through triflash and through PyTorch, and compare"
 	@echo "make test      run the tests (ARGS='-k causal' to choose, WORKERS=1 for one process)"
+	@echo "make smoke     run those of everything around the kernels, in about a minute"
 	@echo "make bench     measure all presets into out/bench, and make the report there"
 	@echo "make bench-runtime, make bench-memory   one table each (ARGS=--markdown)"
 	@echo "make lint      ruff check and ruff format --check"
@@ -33,6 +34,11 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# What a change around the kernels breaks elsewhere, told before all tests have run.
+SMOKE = api architecture block_mask cli docs masks misuse nn padding reference torch
+smoke: $(SETUP)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(SMOKE:%=tests/test_%.py) $(ARGS)
 
 # What is measured already is not measured again, so this can be interrupted; `make clean` forgets.
 bench: $(SETUP)

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -140,6 +141,49 @@ WRONG_TENSORS = {
 }
 
 
+NOT_DENSE = {
+    "sparse": lambda q: q.to_sparse(),
+    "mkldnn": lambda q: q.to_mkldnn(),
+    "nested": lambda q: torch.nested.nested_tensor(list(q)),
+    "jagged": lambda q: torch.nested.nested_tensor(list(q), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_must_be_dense(kind):
+    make = NOT_DENSE[kind]
+    q, v = (torch.ones(2, 5, 4, n) for n in (16, 1))  # where strides of 0 would do
+    what = "nested one" if kind in ("nested", "jagged") else "layout torch._?"
+    for name, wrong in (("q", q), ("v", v)):
+        tensors = {"q": q, "k": q, "v": v} | {name: make(wrong)}
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*{what}"):
+            attention(**tensors)
+    qkv = torch.ones(2, 5, 3, 4, 16)
+    with pytest.raises(TypeError, match=f"qkv must be a dense tensor, got .*{what}"):
+        triflash.flash_attn_qkvpacked_func(make(qkv))
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    packed = torch.ones(5, 4, 16)
+    for name in ("q", "k"):
+        tensors = dict.fromkeys("qkv", packed) | {name: make(packed)}
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*{what}"):
+            triflash.flash_attn_varlen_func(**tensors, **_sequences(cu_seqlens, 5))
+
+
+def test_extras_must_be_dense():
+    q = torch.ones(2, 5, 4, 16)
+    for name, shape in (("sinks", (4,)), ("bias", (1, 1, 5, 5)), ("alibi_slopes", (4,))):
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got .*sparse"):
+            attention(q, q, q, **{name: torch.ones(shape).to_sparse()})
+
+
+def _sequences(cu_seqlens: torch.Tensor, longest: int) -> dict[str, object]:
+    return {
+        "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("function", [attention, flash_attn_func])
 @pytest.mark.parametrize("name", WRONG_TENSORS)
 def test_wrong_tensors(name, function):
@@ -162,12 +206,21 @@ def test_wrong_tensors(name, function):
         ("softmax_scale", torch.ones(1), TypeError, ["number", "Tensor"]),
         ("causal", 1, TypeError, ["bool", "1"]),
         ("causal", None, TypeError, ["bool", "None"]),
+        ("causal", [True], TypeError, ["bool", "[True]"]),
+        ("softmax_scale", [1.0], TypeError, ["number", "list"]),
         ("deterministic", "no", TypeError, ["bool", "no"]),
+        ("deterministic", {}, TypeError, ["bool", "{}"]),
         ("allow_tf32", 0, TypeError, ["bool", "0"]),
+        ("allow_tf32", [], TypeError, ["bool", "[]"]),
+        ("return_lse", 1, TypeError, ["bool", "1"]),
+        ("return_lse", None, TypeError, ["bool", "None"]),
+        ("return_lse", torch.ones(2), TypeError, ["bool, got Tensor"]),
+        ("window_size", torch.ones(2), TypeError, ["pair", "got Tensor"]),
         ("implementation", "v0", ValueError, ["v0", *ROWS]),
         ("implementation", "V2", ValueError, ["V2", "v2"]),
         ("implementation", "", ValueError, ["''"]),
         ("implementation", None, (ValueError, TypeError), ["None"]),
+        ("implementation", ["v2"], ValueError, ["['v2']", *ROWS]),
     ],
     ids=str,
 )
@@ -176,6 +229,25 @@ def test_wrong_options(option, value, error, words, qkv):
         attention(*qkv, **{option: value})
     for word in (option, *words):
         assert word in str(caught.value)
+
+
+def test_return_attn_probs_must_be_a_bool(qkv):
+    """In each function that has it."""
+    q, k, v = qkv
+    stacked, longest = torch.stack(qkv, dim=2), q.shape[1]
+    cu_seqlens = torch.tensor([0, longest], device=q.device, dtype=torch.int32)
+    sequences = _sequences(cu_seqlens, longest)
+    for call in (
+        partial(flash_attn_func, q, k, v),
+        partial(triflash.flash_attn_qkvpacked_func, stacked),
+        partial(triflash.flash_attn_kvpacked_func, q, stacked[:, :, 1:]),
+        partial(triflash.flash_attn_varlen_func, q[0], k[0], v[0], **sequences),
+        partial(triflash.flash_attn_varlen_qkvpacked_func, stacked[0], cu_seqlens, longest),
+        partial(triflash.flash_attn_varlen_kvpacked_func, q[0], stacked[0, :, 1:], **sequences),
+    ):
+        for wrong in (1, None, cu_seqlens):
+            with pytest.raises(TypeError, match="return_attn_probs must be a bool, got"):
+                call(return_attn_probs=wrong)
 
 
 def test_what_is_no_tensor_is_named_under_autocast(qkv, device):

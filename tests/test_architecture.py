@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "triflash.registry", "triflash.mods", "triflash.dropout", "triflash.reference",
     },
     "triflash.sequences": {"triflash.spec"},
-    "triflash.nn": {"triflash", "triflash.interface"},
+    "triflash.nn": {"triflash", "triflash.interface", "triflash.ops", "triflash.spec"},
     "triflash.testing": {
         "triflash.interface", "triflash.reference", "triflash.registry", "triflash.spec",
         "triflash.target", "triflash.mods", "triflash.block_mask",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import replace
 
@@ -171,6 +172,34 @@ def test_not_more_is_kept_than_is_said(device):
     assert first.kv_counts is next(reversed(block_mask._made.values()))[1][0]
 
 
+def test_copies_of_a_module_that_holds_a_mask(device):
+    """As torch.optim.swa_utils makes them: its mask is as up to date as that which was copied."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ids = torch.nn.Buffer(torch.zeros(1, 70, dtype=torch.int32, device=device))
+            self.ids[:, 3:] = 1
+            self.ids[:, 9:] = 2  # its second version; a copy has had fewer
+            self.mask = make(DOCUMENT, None, None, 70, 70, aux=(self.ids,))
+            self.score_mod = RELATIVE
+
+    q = torch.randn(1, 70, 2, 16, device=device)
+    model = Model()
+    copied = copy.deepcopy(model)
+    assert copied.score_mod is RELATIVE
+    assert copied.mask.mask_mod is DOCUMENT
+    assert copied.mask.aux[0] is copied.ids
+    outs = [attention(q, q, q, block_mask=m.mask) for m in (model, copied, copy.copy(model))]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    copied.ids.zero_()
+    attention(q, q, q, block_mask=model.mask)
+    for stale in (copied, copy.deepcopy(copied)):
+        with pytest.raises(ValueError, match="block_mask is out of date"):
+            attention(q, q, q, block_mask=stale.mask)
+
+
 def test_out_of_date(device):
     ids = torch.zeros(1, 70, dtype=torch.int32, device=device)
     made = make(DOCUMENT, None, None, 70, 70, aux=(ids,))
@@ -279,6 +308,10 @@ BAD = {
     "three sizes": ({"block_size": (64, 64, 64)}, TypeError, ["block_size", "(64, 64, 64)"]),
     "causal a word": ({"causal": "yes"}, TypeError, ["causal", "'yes'"]),
     "window": ({"window_size": (-2, 0)}, ValueError, ["window_size", "(-2, 0)"]),
+    "causal a list": ({"causal": [True]}, TypeError, ["causal", "[True]"]),
+    "no device": ({"device": "gpu"}, ValueError, ["device", "'gpu'"]),
+    "device a number": ({"device": 3.5}, ValueError, ["device", "3.5"]),
+    "device of half a name": ({"device": ""}, ValueError, ["device", "''"]),
     "aux": ({"aux": ("x",)}, TypeError, ["aux[0]", "str"]),
     "aux elsewhere": (
         {"aux": (torch.ones(3, device="meta"),), "device": "cpu"}, ValueError, ["aux0", "meta"],
@@ -292,6 +325,13 @@ def test_bad_input(bad):
     with pytest.raises(error) as caught:
         make(**options)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_gpu_that_is_not_here():
+    if GPU:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"device must be .*'cuda'.* no GPU"):
+        make(device="cuda")
 
 
 def test_bad_calls(device):

@@ -224,6 +224,7 @@ BAD = {
     "not a number": ({"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan"]),
     "a word": ({"dropout_p": "0.1"}, TypeError, ["dropout_p", "str"]),
     "a flag": ({"dropout_p": True}, TypeError, ["dropout_p", "bool"]),
+    "seed without dropout": ({"dropout_seed": 3}, TypeError, ["dropout_seed", "int"]),
     "seed a number": ({"dropout_p": 0.1, "dropout_seed": 3}, TypeError, ["dropout_seed", "int"]),
     "seed of float": (
         {"dropout_p": 0.1, "dropout_seed": torch.ones(1)}, TypeError, ["dropout_seed", "int64"],

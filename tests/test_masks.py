@@ -141,7 +141,7 @@ def test_picture(tmp_path):
         ("--mask user_masks.py:silent", "give its PyTorch form to triflash.mods as reference="),
         ("--mask user_masks.py:failing", "failed: IndexError"),
         ("--mask user_masks.py:number", "must return bool .*got torch.int64"),
-        ("--mask user_masks.py:wide --seq-len 5", r"broadcasts to \(1, 1, 5, 5\).*\(2, 1, 5, 5\)"),
+        ("--mask user_masks.py:wide --seq-len 5", r"broadcasts to \(1, 1, 5, 5\).*\(2, 1, 1, 5\)"),
         ("--mask user_masks.py:first --document 3", "documents and mask_mod"),
         ("--aux 3", "--aux: is for --mask"),
         ("--mask user_masks.py:first --aux x", "--aux: must be a number, got 'x'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -294,8 +295,14 @@ BAD = {
     "bare score_mod": ({"score_mod": _plain}, TypeError, ["score_mod", "triflash.mods", "_plain"]),
     "bare mask_mod": ({"mask_mod": document}, TypeError, ["mask_mod", "document"]),
     "aux alone": ({"aux": (1,)}, ValueError, ["aux", "score_mod"]),
+    "aux None": ({"aux": None}, TypeError, ["aux", "NoneType"]),
+    "aux a tensor alone": ({"aux": torch.ones(3)}, TypeError, ["aux", "Tensor"]),
     "aux a tensor": ({"mask_mod": DOCUMENT, "aux": torch.ones(3)}, TypeError, ["aux", "Tensor"]),
     "aux of words": ({"mask_mod": DOCUMENT, "aux": ("x",)}, TypeError, ["aux[0]", "str"]),
+    "aux of a long int": ({"mask_mod": DOCUMENT, "aux": (2**63,)}, ValueError, ["aux[0]", "64"]),
+    "aux complex": (
+        {"mask_mod": DOCUMENT, "aux": (torch.ones(3) * 1j,)}, TypeError, ["aux[0]", "complex64"],
+    ),
     "aux elsewhere": (
         {"mask_mod": DOCUMENT, "aux": (torch.ones(3, device="meta"),)}, ValueError,
         ["aux0", "meta"],
@@ -321,6 +328,50 @@ BAD = {
 }  # fmt: skip
 
 
+WRONG_REFERENCES = {
+    "nothing": lambda x: None,
+    "a number": lambda x: 1,
+    "ints": lambda x: x.int(),
+    "another dtype": lambda x: x.double(),
+    "five dimensions": lambda x: x[None],
+    "another length": lambda x: x[..., :3],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REFERENCES)
+def test_references_that_give_something_else(wrong, device):
+    """PyTorch would broadcast the most of it."""
+    give = WRONG_REFERENCES[wrong]
+    q = torch.randn(2, 5, 4, 16, device=device)
+    of_scores = mods.score_mod(relative, reference=lambda score, *_: give(score))
+    of_masks = mods.mask_mod(
+        document, reference=lambda b, h, q_idx, kv_idx, aux: give(kv_idx <= q_idx)
+    )
+    for options, dtype in (({"score_mod": of_scores}, "float32"), ({"mask_mod": of_masks}, "bool")):
+        with pytest.raises(TypeError, match=rf"reference of .* must return {dtype} .*, got"):
+            attention(q, q, q, **options, implementation="reference")
+
+
+def test_a_reference_that_gives_one_for_all_keys(device):
+    q, k, v = (torch.randn(2, 5, 4, 16, device=device, requires_grad=True) for _ in range(3))
+    mod = mods.score_mod(
+        relative, derivative=relative_derivative, reference=lambda score, *_: score[..., :1]
+    )
+    out = attention(q, k, v, score_mod=mod, implementation="reference")
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
+    dq, dv = torch.autograd.grad(out.sum(), (q, v))
+    torch.testing.assert_close(dq, torch.zeros_like(q), atol=1e-5, rtol=0)
+    torch.testing.assert_close(dv, torch.ones_like(v))
+
+
+def test_keys_can_stand_in_the_text_of_features():
+    """A file that `triflash mask` loads may be called anything."""
+    inner = types.SimpleNamespace(__module__="_mask_of_a,b;c=d", __qualname__="f.<locals>.g")
+    key = mods._new_key(types.SimpleNamespace(fn=inner))
+    features = Features(mask_mod=Mod(key, (1, "aux1")))
+    assert features_of_text(features.text) == features
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_input(bad, device):
     options, error, words = BAD[bad]
@@ -334,6 +385,16 @@ def test_bad_input(bad, device):
     with pytest.raises(error) as caught:
         attention(q, q, q, **options)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_bias_that_is_negated_when_it_is_read(device):
+    """Kernels would read what lies there."""
+    q = torch.randn(2, 5, 4, 16, device=device)
+    bias = torch.randn(1, 1, 5, 5, device=device, dtype=torch.complex64).conj().imag
+    assert bias.is_neg()
+    with pytest.raises(ValueError, match=r"bias must be .*bias\.resolve_neg\(\)"):
+        attention(q, q, q, bias=bias)
+    attention(q, q, q, bias=bias.resolve_neg())
 
 
 def test_bad_functions():

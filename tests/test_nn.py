@@ -221,6 +221,45 @@ def test_bad_inputs(shapes, message):
         module(*(torch.zeros(shape) for shape in shapes))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((32.0, 4), {}, "embed_dim must be an int, got float"),
+        ((32, True), {}, "nheads must be an int, got bool"),
+        ((32, 4, 0.0), {}, "nheads_k must be an int, got float"),  # torch's dropout stands here
+        ((32, 4), {"kdim": "32"}, "kdim must be an int, got str"),
+        ((32, 4), {"vdim": torch.ones(2)}, "vdim must be an int, got Tensor"),
+        ((32, 4), {"bias": None}, "bias must be a bool, got None"),
+        ((32, 4), {"causal": 1}, "causal must be a bool, got 1"),
+    ],
+)
+def test_sizes_are_ints_and_flags_bools(sizes, options, message):
+    with pytest.raises(TypeError, match=message):
+        MultiHeadAttention(*sizes, **options)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_inputs_of_another_kind(place):
+    module = MultiHeadAttention(32, 2, kdim=20, vdim=12, implementation="reference")
+    name = ("query", "key", "value")[place]
+    inputs = [torch.zeros(2, 5, size) for size in (32, 20, 12)]
+    right = inputs[place]
+    for wrong, error, words in (
+        (right.tolist(), TypeError, r"must be a torch\.Tensor, got list"),
+        (right.double(), TypeError, r"must have the parameters' dtype torch\.float32, got .*64"),
+        (right.int(), TypeError, r"must have the parameters' dtype torch\.float32, got .*int32"),
+        (right.to("meta"), ValueError, "must be on the parameters' device cpu, got meta"),
+        (right.to_sparse(), TypeError, "must be a dense tensor"),
+        (torch.nested.nested_tensor(list(right)), TypeError, "must be a dense tensor"),
+    ):
+        inputs[place] = wrong
+        with pytest.raises(error, match=f"{name} {words}"):
+            module(*inputs)
+    with pytest.raises(TypeError, match=r"query must be a torch\.Tensor, got NoneType"):
+        module(None)
+
+
 def test_a_value_without_a_key_is_refused():
     with pytest.raises(ValueError, match="value needs key"):
         MultiHeadAttention(32, 2)(torch.zeros(1, 2, 32), value=torch.zeros(1, 2, 32))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triflash import index_first_axis, pad_input, unpad_input
+from triflash.bert_padding import index_put_first_axis
 
 MASKS = {
     "right padding": [[1, 1, 0, 0], [1, 1, 1, 1]],
@@ -101,21 +102,61 @@ def test_an_index_that_comes_twice(device):
 
 def test_bad_input(device):
     hidden = torch.randn(2, 4, 3, device=device)
+    mask = torch.ones(2, 4, device=device, dtype=torch.int64)
     indices = torch.tensor([0, 1], device=device)
-    with pytest.raises(ValueError, match=r"attention_mask must .* \(2, 4\), got shape \(2, 3\)"):
-        unpad_input(hidden, torch.ones(2, 3, device=device))
-    with pytest.raises(ValueError, match=r"unused_mask must .* got shape \(8,\)"):
-        unpad_input(hidden, torch.ones(2, 4, device=device), torch.ones(8, device=device))
-    with pytest.raises(ValueError, match="input must have at least 2 dimensions"):
-        index_first_axis(hidden[0, 0], indices)
-    with pytest.raises(ValueError, match="indices must have 1 dimension"):
-        index_first_axis(hidden, indices[None])
-    with pytest.raises(ValueError, match="hidden_states must have one row for each of 2 indices"):
-        pad_input(hidden[0], indices, 2, 4)
-    with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor, got list"):
-        unpad_input(hidden, [[1, 1, 1, 0]] * 2)
-    with pytest.raises(TypeError, match=r"indices must be a torch\.Tensor, got list"):
-        index_first_axis(hidden, [0, 1])
+    elsewhere = indices.to("meta")
+    wrong = (
+        (lambda: unpad_input(hidden, mask[:, :3]), ValueError, r"attention_mask must .*\(2, 3\)"),
+        (lambda: unpad_input(hidden, mask, mask.flatten()), ValueError, r"unused_mask .*\(8,\)"),
+        (lambda: unpad_input(hidden, [[1] * 4] * 2), TypeError, "attention_mask .*, got list"),
+        (lambda: unpad_input(hidden, mask * 1.0), TypeError, "attention_mask .*bool or int"),
+        (lambda: unpad_input(hidden, mask, mask * 0.0), TypeError, "unused_mask .*bool or int"),
+        (lambda: unpad_input(hidden, mask.to("meta")), ValueError, "attention_mask .*device"),
+        (lambda: index_first_axis(hidden[0, 0], indices), ValueError, "input .* 2 dimensions"),
+        (lambda: index_first_axis(hidden, indices[None]), ValueError, "indices .* 1 dimension"),
+        (lambda: index_first_axis(hidden, [0, 1]), TypeError, r"indices .*Tensor, got list"),
+        (lambda: index_first_axis(hidden, indices.int()), TypeError, "indices .*int64"),
+        (lambda: index_first_axis(hidden, elsewhere), ValueError, "indices .*input's device"),
+        (lambda: pad_input(hidden[0], indices, 2, 4), ValueError, "hidden_states .* 2 indices"),
+        (lambda: pad_input(hidden[0, :2], indices.int(), 2, 4), TypeError, "indices .*int64"),
+        (lambda: pad_input(hidden[0, :2], indices, None, 4), TypeError, "batch .*int, got None"),
+        (lambda: pad_input(hidden[0, :2], indices, 2, 4.0), TypeError, "seqlen .*int, got float"),
+        (lambda: pad_input(hidden[0, :2], indices, -2, -4), ValueError, "batch .*at least 0"),
+        (lambda: pad_input(hidden[0, :2], indices, True, 4), TypeError, "batch .*int, got bool"),
+        (
+            lambda: index_put_first_axis(hidden[0, :2], indices, indices), TypeError,
+            "first_axis_dim .*int, got Tensor",
+        ),
+    )  # fmt: skip
+    for call, error, words in wrong:
+        with pytest.raises(error, match=words):
+            call()
+
+
+@pytest.mark.parametrize("number", [2, -1])
+def test_masks_hold_0_and_1(number, device):
+    """A mask that numbers documents would make lengths of sums of these numbers."""
+    hidden = torch.randn(2, 4, 3, device=device)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]], device=device)
+    with pytest.raises(ValueError, match="attention_mask must hold 0 and 1 alone"):
+        unpad_input(hidden, torch.where(mask == 0, 0, mask.cumsum(-1) * number))
+    with pytest.raises(ValueError, match=r"attention_mask and unused_mask must .* no row in both"):
+        unpad_input(hidden, mask, torch.ones_like(mask))
+
+
+def test_indices_out_of_range():
+    """On a CPU; a GPU asserts, as PyTorch's indexing does."""
+    rows = torch.randn(2, 3)
+    for wrong in (-1, 2):
+        indices = torch.tensor([0, wrong])
+        with pytest.raises(ValueError, match=r"indices .*below the 2 rows of input"):
+            index_first_axis(rows, indices)
+        with pytest.raises(ValueError, match=r"indices .*below the 2 rows there"):
+            pad_input(rows, indices, 1, 2)
+    with pytest.raises(ValueError, match=r"indices .*below the 0 rows"):
+        index_first_axis(rows[:0], indices)
+    with pytest.raises(ValueError, match=r"indices .*below the 0 rows"):
+        pad_input(rows, indices, 0, 2)
 
 
 def test_names_of_flash_attn(device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from helpers import (
     every_row,
     skip_unsupported,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import triflash
@@ -178,6 +181,39 @@ def test_export(implementation, device):
     torch.testing.assert_close(program.module()(q, *tensors[1:]), expected, rtol=0, atol=0)
 
 
+def _attention_and_gradients(q, k, v):
+    out = attention(q, k, v, causal=True)
+    return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+
+def _packed_and_gradient(qkv, cu_seqlens):
+    longest = qkv.shape[0]
+    out = triflash.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, longest, causal=True)
+    return out, *torch.autograd.grad(out.sum(), qkv)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_make_fx(packed, mode, device):
+    """A traced call is the call; with symbolic sizes at other sizes too."""
+
+    def arguments(seqlen: int) -> tuple[torch.Tensor, ...]:
+        def leaf(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device, dtype=DTYPE, requires_grad=True)
+
+        if not packed:
+            return tuple(leaf(2, seqlen, 2, 16) for _ in range(3))
+        cu_seqlens = torch.tensor([0, 3, seqlen], device=device, dtype=torch.int32)
+        return leaf(seqlen, 3, 2, 16), cu_seqlens
+
+    call = _packed_and_gradient if packed else _attention_and_gradients
+    traced = make_fx(call, tracing_mode=mode)(*arguments(N))
+    for seqlen in (N, N + 3) if mode == "symbolic" else (N,):
+        given = arguments(seqlen)
+        for a, b in zip(traced(*given), call(*given), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @every_differentiable_row
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(implementation, use_reentrant, device):
@@ -258,6 +294,34 @@ def test_opcheck_backward(implementation, with_dlse, device):
     )
 
 
+@pytest.mark.parametrize("implementation", ["v2", "reference"])
+def test_modes_see_the_operators_and_change_nothing(implementation, device):
+    """As FlopCounterMode is one; the reference's own use of autograd is inside of an operator."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = _leaves(replace(CASE, dtype=torch.float16), device)
+    skip_unsupported(replace(CASE, dtype=torch.float16), implementation, device)
+    bias = torch.randn(1, 2, N, 1, device=device, requires_grad=True)
+    slopes = torch.ones(2, device=device)
+
+    def gradients():
+        out = attention(
+            q, k, v, softcap=3.0, alibi_slopes=slopes, bias=bias, implementation=implementation
+        )
+        return torch.autograd.grad(out.float().sum(), (q, k, v, bias))
+
+    expected, names = gradients(), []
+    with Seen():
+        got = gradients()
+    assert {"triflash.attention_forward.default", "triflash.attention_backward.default"} <= {*names}
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # bias's is added in any order
+
+
 @every_row
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("dtype", [LOW_PRECISION, torch.float32], ids=str)
@@ -322,7 +386,7 @@ def test_forward_mode_raises(implementation, device):
 
 
 @every_differentiable_row
-def test_functional_grad_raises_or_is_right(implementation, device):
+def test_functional_grad_raises(implementation, device):
     """torch.func.grad over an operator without the rule must not give zeros."""
     skip_unsupported(CASE, implementation, device)
     q = torch.randn(1, 4, 1, 16, device=device, dtype=DTYPE)
@@ -330,13 +394,40 @@ def test_functional_grad_raises_or_is_right(implementation, device):
     def loss(q):
         return attention(q, q, q, implementation=implementation).square().sum()
 
-    leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    try:
-        got = torch.func.grad(loss)(q)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, expected)
+    with pytest.raises(NotImplementedError, match=r"torch\.func .*grad"):
+        torch.func.grad(loss)(q)
+
+
+@every_backend
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_transforms_raise_when_compiled(packed, backend, device):
+    """There no autograd.Function is asked for a rule; gradients and tangents were 0."""
+    from torch.autograd import forward_ad
+
+    x = torch.randn(1, 4, 3, 1, 16, device=device, dtype=DTYPE)
+
+    def call(x):
+        return triflash.flash_attn_qkvpacked_func(x) if packed else attention(*x.unbind(2))
+
+    def loss(x):
+        return call(x).square().sum()
+
+    def forward_mode(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
+
+    def compiled(function):
+        torch._dynamo.reset()
+        return torch.compile(function, backend=backend)
+
+    for raises in (
+        lambda: compiled(torch.func.grad(loss))(x),
+        lambda: torch.func.grad(compiled(loss))(x),
+        lambda: compiled(lambda x: torch.func.jvp(call, (x,), (x,)))(x),
+        lambda: compiled(forward_mode)(x),
+    ):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            raises()
 
 
 @every_differentiable_row

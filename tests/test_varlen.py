@@ -648,6 +648,25 @@ def test_kernels_stay_inside_whatever_cu_seqlens_says(values, monkeypatch, devic
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("one", [False, True], ids=["two tensors", "one tensor"])
+def test_assertions_on_a_device_say_the_names_that_callers_know(one, monkeypatch):
+    """On the meta device, which has no values either. Functions of packed qkv give one tensor."""
+    said = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, message: said.append(message))
+    q = torch.empty(8, 2, 16, device="meta")
+    cu_seqlens_q, other = (torch.empty(3, dtype=torch.int32, device="meta") for _ in range(2))
+    where = Sequences(cu_seqlens_q, cu_seqlens_q if one else other)
+    options = (None, False, False, False)
+    call = make_varlen_spec(q, q, q, where, 5, 5, *options)
+    sequences.check_sequences(call, where, where.totals(q, q))
+    words = "triflash: {} must rise from 0 to 8, the rows of {}, by at most {}"
+    assert said == (
+        [words.format("cu_seqlens", "q", "max_seqlen")]
+        if one
+        else [words.format(f"cu_seqlens_{x}", x, f"max_seqlen_{x}") for x in "qk"]
+    )
+
+
 def cpu_arguments(**changes):
     arguments = {
         "q": torch.randn(8, 2, 16), "k": torch.randn(6, 2, 16), "v": torch.randn(6, 2, 16),

@@ -75,9 +75,7 @@ def create_block_mask(
     size_q, size_k = _sizes(block_size)
     blocks = Blocks(size_q, size_k, batch or 1, nheads or 1, seqlen_q, seqlen_k)
     features, extras = mods.features_of(window_size, mask_mod=mask_mod, aux=aux)
-    where = torch.device(device) if device is not None else _device_of(extras)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = _device(device) if device is not None else _device_of(extras)
     # For its checks, which are those of attention, and its one form of windows.
     q, k = (
         torch.empty((), device=where).expand(blocks.batch, n, blocks.nheads, 1)
@@ -108,6 +106,20 @@ def _sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:
     if any(n < 1 or n % _MULTIPLE for n in pair):
         raise ValueError(f"block_size must hold multiples of {_MULTIPLE}, got {block_size!r}")
     return pair[0], pair[1]
+
+
+def _device(device: object) -> torch.device:
+    """The device that `device` names, with its index."""
+    try:
+        where = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be one of PyTorch's, got {device!r}: {error}") from error
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that is here, got {device!r}, and no GPU is")
+        if where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+    return where
 
 
 def _device_of(extras: tuple[Tensor, ...]) -> torch.device:
@@ -175,11 +187,6 @@ def _states_by_reference(
         queries = slice(start, min(start + blocks.size_q, blocks.seqlen_q))
         seen = reference.seen(spec, states.device, extras, queries=queries)
         shape = (*states.shape[:2], queries.stop - start, blocks.seqlen_k)
-        if seen.dtype != torch.bool or torch.broadcast_shapes(seen.shape, shape) != shape:
-            raise TypeError(
-                f"the reference of {spec.features.mods[0].key} must return bool that broadcasts to "
-                f"{shape}, got {seen.dtype} of shape {tuple(seen.shape)}"
-            )
         # Keys that fill up the last block are not seen, so that it is not full.
         filled = seen.new_zeros(*shape[:3], states.shape[3] * blocks.size_k)
         filled[..., : blocks.seqlen_k] = seen

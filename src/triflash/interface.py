@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from triflash import mods, ops, registry
 from triflash.dropout import seed_for
 from triflash.reference import signed_probabilities
-from triflash.spec import PLAIN, AttentionSpec, Features, make_spec
+from triflash.spec import PLAIN, AttentionSpec, Features, check_flag, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -96,6 +96,7 @@ def attention(
         dropout_p, seed_for(q, dropout_p) if dropout_seed is None else dropout_seed,
     )  # fmt: skip
     causal = mods.causal_of(causal, block_mask)
+    check_flag("return_lse", return_lse)
     out, lse = _attention(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, implementation, features, extras
     )  # fmt: skip
@@ -130,6 +131,7 @@ def flash_attn_func(
     Raises:
         As in `attention`.
     """
+    check_flag("return_attn_probs", return_attn_probs)
     seed = seed_for(q, dropout_p)
     features, extras = mods.features_of(
         window_size, softcap, alibi_slopes, dropout_p=dropout_p, dropout_seed=seed
@@ -163,11 +165,13 @@ def _attention(
     if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
         eager = False  # the operator's own rule turns autocast off inside
-    bases = ops.aligned_bases(q, k, v) if eager else True
+    bases = ops.aligned_bases(q, k, v, eager)
     spec = make_spec(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases, features, extras
     )  # fmt: skip
-    needs_grad, features, spec, row = resolved(implementation, spec, features, (q, k, v), extras)
+    needs_grad, features, spec, row = resolved(
+        implementation, spec, features, (q, k, v), extras, eager
+    )  # fmt: skip
     if row is None and needs_grad:
         q, k, v = apart((q, k, v))
     if eager and not needs_grad and not transformed():
@@ -177,7 +181,7 @@ def _attention(
     options = (
         spec.softmax_scale, causal, deterministic, allow_tf32, implementation, features.text
     )  # fmt: skip
-    if needs_grad or transformed():
+    if transformed() or needs_grad:
         return _Attention.apply(q, k, v, (spec, row) if eager else None, *options, *extras)
     out, lse, _ = torch.ops.triflash.attention_forward.default(q, k, v, *options, extras)
     return out, lse
@@ -189,21 +193,30 @@ def resolved(
     features: Features,
     tensors: _Tensors,
     extras: _Tensors,
+    eager: bool,
 ) -> tuple[bool, Features, AttentionSpec, registry.Implementation | None]:
     """Whether gradients are wanted, features and spec that say of which extras, and the row.
 
-    There is no row while compiling: the operator will look for it.
+    There is no row while tracing: the operator will look for it.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *extras))
     if needs_grad and features is not PLAIN:
         features = replace(features, with_grad=mods.differentiable(features, extras))
         spec = replace(spec, features=replace(spec.features, with_grad=features.with_grad))
     row = None
-    if not torch.compiler.is_compiling():
+    if not isinstance(implementation, str):  # what has no hash cannot be looked up
+        registry.get(implementation)
+    if eager or not tracing(spec):
         row = registry.resolve(implementation, spec, target_of(tensors[0].device))
         if needs_grad:
             registry.check_backward(row)
     return needs_grad, features, spec, row
+
+
+def tracing(spec: AttentionSpec) -> bool:
+    """Whether sizes may be symbols: in torch.compile, and in make_fx if they are."""
+    sizes = (spec.batch, spec.seqlen_q, spec.seqlen_k, spec.nheads, spec.nheads_k, spec.headdim)
+    return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in sizes)
 
 
 def apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -215,10 +228,24 @@ def apart(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def transformed() -> bool:
-    """Inside torch.func or forward-mode AD, where _Attention raises and an operator would not."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Inside forward-mode AD, where _Attention raises and an operator would not.
+
+    Also while compiling, where graphs have had _Attention in any case.
+
+    Raises:
+        NotImplementedError: inside a transform of torch.func, or inside compiled forward-mode AD,
+            whose graphs ask nobody for a rule and would give zeros.
+    """
+    # No `is not None`, which Dynamo takes for true.
+    transforms = not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
+    forward_mode, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    if transforms or (forward_mode and compiling):
+        raise NotImplementedError(
+            "triflash has no rules for the transforms of torch.func (vmap, grad, jvp, ...) and for "
+            "forward-mode AD: put what vmap would map over into the batch, and call "
+            "torch.autograd.grad"
+        )
+    return forward_mode or compiling
 
 
 class _Attention(torch.autograd.Function):

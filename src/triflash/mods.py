@@ -21,7 +21,8 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
@@ -42,8 +43,15 @@ from triflash.spec import (
 Tensor = torch.Tensor
 
 
+class _Modification:
+    """What is known by its key alone, so that a copy of a model which holds one holds the same."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # its functions are Triton's, with a lock inside
+
+
 @dataclass(frozen=True, eq=False)
-class ScoreMod:
+class ScoreMod(_Modification):
     """A score modification, as `score_mod` makes it."""
 
     key: str
@@ -56,7 +64,7 @@ class ScoreMod:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskMod:
+class MaskMod(_Modification):
     """A mask modification, as `mask_mod` makes it; `parts` are those that it joins, if any."""
 
     key: str
@@ -111,6 +119,13 @@ class BlockMask:
         """Empty blocks of all, in percent; waits for the GPU."""
         states = self.states()
         return 100.0 * int((states == 0).sum()) / max(1, states.numel())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockMask:
+        """With tensors of its own, as up to date as this one is."""
+        copied = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self)}
+        fresh = self.versions == versions(self.aux)
+        copied["versions"] = versions(copied["aux"]) if fresh else (-1,) * len(self.versions)
+        return BlockMask(**copied)
 
     def __repr__(self) -> str:
         """The counts, which wait for the GPU."""
@@ -298,11 +313,11 @@ def features_of(
         tensors["alibi_slopes"] = alibi_slopes
         of_batch = alibi_slopes.shape[-1] if alibi_slopes.dim() == 2 else 0
         scores.append(Mod("alibi", ("alibi_slopes", of_batch)))
+    bound = _bind(aux, tensors)
     if score_mod is None and mask_mod is None:
-        if aux:
+        if bound:
             raise ValueError("aux is for score_mod and mask_mod, and there is neither")
     else:
-        bound = _bind(aux, tensors)
         if score_mod is not None:
             if not isinstance(score_mod, ScoreMod):
                 raise TypeError(
@@ -315,8 +330,6 @@ def features_of(
                 f"mask_mod must come from triflash.mods.mask_mod(function), got {_shown(mask_mod)}"
             )
     dropout_p = checked(dropout_p)
-    if dropout_p == 0.0:
-        dropout_seed = None
     named = (("bias", bias), ("dropout_seed", dropout_seed), ("sinks", sinks))
     for name, tensor in named:
         if tensor is not None:
@@ -704,11 +717,12 @@ def _built_in(key: str, approximate: bool) -> ScoreMod:
 
 def _new_key(function: Any) -> str:
     """A name that stands in features' text: the function's, told apart from its namesakes."""
-    name = "".join(c if c.isalnum() or c in "._" else "_" for c in name_of(function))
-    key, n = f"{function.fn.__module__}.{name}", 1
+    name = f"{function.fn.__module__}.{name_of(function)}"
+    name = "".join(c if c.isalnum() or c in "._" else "_" for c in name)
+    key, n = name, 1
     while key in _mods:
         n += 1
-        key = f"{function.fn.__module__}.{name}#{n}"
+        key = f"{name}#{n}"
     return key
 
 
@@ -721,10 +735,14 @@ def _bind(
     bound: list[str | int | float] = []
     for i, value in enumerate(aux):
         if isinstance(value, torch.Tensor):
+            if value.is_complex() or value.is_quantized:
+                raise TypeError(f"aux[{i}] must be of ints, floats or bools, got {value.dtype}")
             tensors[f"{prefix}{i}"] = value
             bound.append(f"{prefix}{i}")
         elif isinstance(value, bool):
             bound.append(int(value))
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"aux[{i}] must fit into 64 bits, got {value}")
         elif isinstance(value, int | float):
             bound.append(value)
         else:

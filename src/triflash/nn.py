@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triflash import ops
 from triflash.interface import attention
+from triflash.spec import check_dense, check_flag
 
 
 class MultiHeadAttention(nn.Module):
@@ -36,6 +38,7 @@ class MultiHeadAttention(nn.Module):
         dtype: of the parameters.
 
     Raises:
+        TypeError: sizes that are no ints, flags that are no bools.
         ValueError: sizes that are not positive or do not divide each other.
     """
 
@@ -68,12 +71,16 @@ class MultiHeadAttention(nn.Module):
             "vdim": vdim,
         }
         for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if embed_dim % nheads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of nheads ({nheads})")
         if nheads % nheads_k:
             raise ValueError(f"nheads ({nheads}) must be a multiple of nheads_k ({nheads_k})")
+        check_flag("bias", bias)
+        check_flag("causal", causal)
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
         self.nheads, self.nheads_k, self.headdim = nheads, nheads_k, embed_dim // nheads
         self.causal = causal
@@ -127,22 +134,36 @@ class MultiHeadAttention(nn.Module):
             `(batch, seqlen_q, embed_dim)`.
 
         Raises:
-            ValueError: a rank or a size that does not fit; the message names the argument.
-            TypeError, NotImplementedError: as in `attention`.
+            ValueError: a rank or a size that does not fit, or another device than the parameters';
+                the message names the argument.
+            TypeError: not a tensor, or not of the parameters' dtype without autocast.
+            NotImplementedError: as in `attention`.
         """
         if key is None and value is not None:
             raise ValueError("value needs key: give both, key alone, or neither")
         key = query if key is None else key
         value = key if value is None else value
+        weight = self.in_proj_weight if self.packed else self.q_proj_weight
         for name, tensor, size, meaning in (
             ("query", query, self.embed_dim, "embed_dim"),
             ("key", key, self.kdim, "kdim"),
             ("value", value, self.vdim, "vdim"),
         ):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            check_dense(**{name: tensor})
             if tensor.dim() != 3 or tensor.shape[-1] != size:
                 raise ValueError(
                     f"{name} must have shape (batch, seqlen, {meaning}={size}), "
                     f"got {tuple(tensor.shape)}"
+                )
+            if tensor.device != weight.device:
+                raise ValueError(
+                    f"{name} must be on the parameters' device {weight.device}, got {tensor.device}"
+                )
+            if tensor.dtype != weight.dtype and not ops.autocast_enabled(weight.device.type):
+                raise TypeError(
+                    f"{name} must have the parameters' dtype {weight.dtype}, got {tensor.dtype}"
                 )
         q, k, v = (
             projection.unflatten(-1, (-1, self.headdim))

@@ -19,6 +19,7 @@ from triflash.spec import (
     NOT_PACKED,
     AttentionSpec,
     Sequences,
+    check_dense,
     features_of_text,
     make_spec,
     make_varlen_spec,
@@ -140,8 +141,19 @@ def _readable(dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]
     return dout, None if dlse is None else dlse.contiguous()
 
 
-def aligned_bases(*tensors: Tensor) -> bool:
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def aligned_bases(q: Tensor, k: Tensor, v: Tensor, eager: bool = True) -> bool:
+    """Whether they start at multiples of 16 bytes; True if not eager, as nobody can know.
+
+    Raises:
+        TypeError: one is not dense, and has no one place in memory.
+    """
+    if eager:
+        try:
+            return all(tensor.data_ptr() % 16 == 0 for tensor in (q, k, v))
+        except RuntimeError:  # no memory, so not dense
+            pass
+    check_dense(q=q, k=k, v=v)
+    return True
 
 
 def _spec(

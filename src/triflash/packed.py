@@ -19,7 +19,15 @@ from triflash.interface import (
     transformed,
 )
 from triflash.reference import signed_probabilities
-from triflash.spec import NOT_PACKED, Features, Sequences, make_spec, make_varlen_spec
+from triflash.spec import (
+    NOT_PACKED,
+    Features,
+    Sequences,
+    check_dense,
+    check_flag,
+    make_spec,
+    make_varlen_spec,
+)
 
 Tensor = torch.Tensor
 _Results = Tensor | tuple[Tensor, Tensor, Tensor | None]
@@ -240,6 +248,7 @@ def _check_shape(name: str, tensor: Tensor, sizes: tuple[str, ...]) -> None:
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(**{name: tensor})
     if tensor.dim() != len(sizes) or tensor.shape[-3] != int(sizes[-3]):
         raise ValueError(f"{name} must have shape ({', '.join(sizes)}), got {tuple(tensor.shape)}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -271,6 +280,7 @@ def _results(
     extras: tuple[Tensor, ...],
     return_attn_probs: bool,
 ) -> _Results:
+    check_flag("return_attn_probs", return_attn_probs)
     sequences = _PADDED if given is None else given
     eager = ops.is_eager(*tensors, *extras, optional=sequences[:4])
     if isinstance(tensors[0], torch.Tensor) and ops.autocast_enabled(tensors[0].device.type):
@@ -278,7 +288,7 @@ def _results(
         eager = False  # the operator's own rule turns autocast off inside
     *numbers, implementation = options
     q, k, v = ops.split(tensors)
-    rest = (*numbers, ops.aligned_bases(q, k, v) if eager else True, features, extras)
+    rest = (*numbers, ops.aligned_bases(q, k, v, eager), features, extras)
     where = NOT_PACKED
     if given is None:
         spec = make_spec(q, k, v, *rest)
@@ -287,12 +297,14 @@ def _results(
         where = Sequences(*indices)
         rest = (max_seqlen_q, max_seqlen_k, *rest)
         spec = make_varlen_spec(q, k, v, where, *rest)
-    needs_grad, features, spec, row = resolved(implementation, spec, features, tensors, extras)
+    needs_grad, features, spec, row = resolved(
+        implementation, spec, features, tensors, extras, eager
+    )  # fmt: skip
     if row is None and needs_grad:
         tensors = apart(tensors)
         sequences = (*apart(sequences[:4]), *sequences[4:])
     options = (spec.softmax_scale, *options[1:], features.text)
-    if needs_grad or transformed():
+    if transformed() or needs_grad:
         body = (spec, row, where) if eager else None
         arguments = (*tensors, *sequences, *options, *extras)
         out, lse = _PackedAttention.apply(body, len(tensors), *arguments)

@@ -5,6 +5,8 @@ Plain PyTorch, any device, with gradients; the results are those of `flash_attn.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 
@@ -22,20 +24,28 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
         `(total, ...)`: input[indices]. Where an index comes twice, its gradients add up.
 
     Raises:
-        TypeError: input or indices is no tensor.
-        ValueError: input has fewer than two dimensions, or indices not one.
+        TypeError: input or indices is no tensor, or indices are not int64.
+        ValueError: input has fewer than two dimensions, indices not one, or they are elsewhere. On
+            a CPU also an index that is out of range; a GPU reports it as PyTorch does.
     """
     _check_rows("input", input, indices)
-    return input.index_select(0, indices)
+    outside = ValueError(_OUT_OF_RANGE.format(input.shape[0], "of input"))
+    if input.shape[0] == 0 and indices.shape[0] > 0:
+        raise outside
+    try:
+        return input.index_select(0, indices)
+    except IndexError as error:
+        raise outside from error
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """The inverse of `index_first_axis`: values at `indices` of zeros `(first_axis_dim, ...)`.
 
     Raises:
-        TypeError: values or indices is no tensor.
-        ValueError: values has fewer than two dimensions or other than one row an index.
+        TypeError, ValueError: as `index_first_axis`; first_axis_dim is no int, or negative; values
+            has other than one row an index.
     """
+    _check_size("first_axis_dim", first_axis_dim)
     return _put_rows("values", values, indices, first_axis_dim)
 
 
@@ -58,8 +68,9 @@ def unpad_input(
         seqused: `(batch,)`, int32, the rows of attention_mask alone in each sequence.
 
     Raises:
-        TypeError: hidden_states or a mask is no tensor.
-        ValueError: a mask is not `(batch, seqlen)` of hidden_states.
+        TypeError: hidden_states or a mask is no tensor, or a mask is not bool or int.
+        ValueError: a mask is not `(batch, seqlen)` of hidden_states, is elsewhere, or holds
+            anything but 0 and 1, as one of documents' numbers would; a row is in both masks.
     """
     _check_tensors(hidden_states=hidden_states)
     masks = {"attention_mask": attention_mask}
@@ -72,12 +83,25 @@ def unpad_input(
                 f"{name} must have hidden_states' first dimensions (batch, seqlen) = "
                 f"{tuple(hidden_states.shape[:2])}, got shape {tuple(mask.shape)}"
             )
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"{name} must be bool or int, 1 for rows that stay, got {mask.dtype}")
+        if mask.device != hidden_states.device:
+            raise ValueError(
+                f"{name} must be on hidden_states' device {hidden_states.device}, got {mask.device}"
+            )
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     seqlens = kept.sum(dim=-1, dtype=torch.int32)
     seqused = attention_mask.sum(dim=-1, dtype=torch.int32)
     indices = torch.nonzero(kept.flatten()).flatten()
     cu_seqlens = F.pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
-    max_seqlen = int(seqlens.max()) if seqlens.numel() else 0
+    # One transfer for both; sums of other values than 0 and 1 are not their number.
+    longest = seqlens.max() if seqlens.numel() else cu_seqlens[-1]
+    max_seqlen, total = torch.stack([longest, cu_seqlens[-1]]).tolist()
+    if total != indices.shape[0]:
+        raise ValueError(
+            f"{' and '.join(masks)} must hold 0 and 1 alone, with no row in both; they sum up to "
+            f"{total}, and {indices.shape[0]} rows are not 0"
+        )
     rows = index_first_axis(hidden_states.flatten(0, 1), indices)
     return rows, indices, cu_seqlens, max_seqlen, seqused
 
@@ -93,8 +117,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         `(batch, seqlen, ...)`.
 
     Raises:
-        TypeError, ValueError: as `index_put_first_axis`.
+        TypeError, ValueError: as `index_put_first_axis`; batch or seqlen is no int, or negative.
     """
+    _check_size("batch", batch)
+    _check_size("seqlen", seqlen)
     padded = _put_rows("hidden_states", hidden_states, indices, batch * seqlen)
     return padded.unflatten(0, (batch, seqlen))
 
@@ -107,7 +133,16 @@ def _put_rows(name: str, rows: Tensor, indices: Tensor, n: int) -> Tensor:
             f"{name} must have one row for each of {indices.shape[0]} indices, "
             f"got shape {tuple(rows.shape)}"
         )
-    return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, indices, rows)
+    outside = ValueError(_OUT_OF_RANGE.format(n, "there are to be"))
+    if n == 0 and indices.shape[0] > 0:
+        raise outside
+    try:
+        return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, indices, rows)
+    except IndexError as error:
+        raise outside from error
+
+
+_OUT_OF_RANGE = "indices must be at least 0 and below the {} rows {}"
 
 
 def _check_tensors(**arguments: object) -> None:
@@ -116,9 +151,22 @@ def _check_tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def _check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"{name} must be at least 0, got {size}")
+
+
 def _check_rows(name: str, tensor: Tensor, indices: Tensor) -> None:
     _check_tensors(**{name: tensor, "indices": indices})
     if tensor.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}")
     if indices.dim() != 1:
         raise ValueError(f"indices must have 1 dimension, got shape {tuple(indices.shape)}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {indices.dtype}")
+    if indices.device != tensor.device:
+        raise ValueError(
+            f"indices must be on {name}'s device {tensor.device}, got {indices.device}"
+        )

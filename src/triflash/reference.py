@@ -7,6 +7,7 @@ those of FlashAttention (arXiv:2205.14135), section 2.2 and appendix B.2, withou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +72,7 @@ def backward(
         return _packed_backward(dout, dlse, q, k, v, out, lse, spec, extras, sequences)
     q, k, v, dout = _head_major(spec, q, k, v, dout)
     raw = q @ k.transpose(-1, -2) * spec.softmax_scale
-    with torch.enable_grad():
+    with _recording():
         leaves = (raw.requires_grad_(), *(t.detach() for t in extras))
         wanted = [raw, *(t.requires_grad_() for t in spec.features.gradients_of(leaves[1:]))]
         modified = modify(raw, spec, leaves[1:], first)
@@ -95,13 +96,27 @@ def backward(
     return *grads, *dextras
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also in an operator that a `TorchDispatchMode` called, where it is left out."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def modify(
     scores: torch.Tensor, spec: AttentionSpec, extras: _Tensors, first: int = 0
 ) -> torch.Tensor:
     """Scaled scores `(batch, nheads, seqlen_q, seqlen_k)` behind the score modifications."""
     for mod in spec.features.score_mods:
         function = _reference_of(mod)
-        scores = function(scores, *_positions(spec, scores.device, first), _aux(mod, spec, extras))
+        given = function(scores, *_positions(spec, scores.device, first), _aux(mod, spec, extras))
+        # A float32 table makes scores of half precision float32, too.
+        dtypes = (torch.promote_types(scores.dtype, torch.float32), scores.dtype)
+        scores = _checked(mod, given, dtypes, scores.shape).expand(scores.shape)
     return scores
 
 
@@ -179,7 +194,10 @@ def seen(
     if mod is not None:
         function = _reference_of(mod)
         b, h, q_idx, kv_idx = _positions(spec, device, first)
-        shown = shown & function(b, h, q_idx[..., queries, :], kv_idx, _aux(mod, spec, extras))
+        given = function(b, h, q_idx[..., queries, :], kv_idx, _aux(mod, spec, extras))
+        shown = shown & _checked(
+            mod, given, (torch.bool,), (spec.batch, spec.nheads, *shown.shape)
+        )  # fmt: skip
     return shown
 
 
@@ -301,6 +319,32 @@ def _reference_of(mod: Mod) -> Callable[..., torch.Tensor]:
             f"reference cannot run {mod.key}: give its PyTorch form to triflash.mods as reference="
         )
     return known.reference
+
+
+class WrongResult(TypeError):
+    """The reference of a modification gave what it must not."""
+
+
+def _checked(
+    mod: Mod, given: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """What a reference gave, which torch would broadcast to anything."""
+    if not isinstance(given, torch.Tensor):
+        got = type(given).__name__
+    elif given.dtype not in dtypes or not _broadcasts(given.shape, shape):
+        got = f"{given.dtype} of shape {tuple(given.shape)}"
+    else:
+        return given
+    name = str(dtypes[0]).removeprefix("torch.")
+    raise WrongResult(
+        f"the reference of {mod.key} must return {name} that broadcasts to {tuple(shape)}, got "
+        f"{got}"
+    )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    ends = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in ends)
 
 
 def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

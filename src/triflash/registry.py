@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from triflash.spec import FEATURES, KERNEL_DTYPES, REFERENCE_DTYPES, AttentionSpec
+from triflash.spec import FEATURES, KERNEL_DTYPES, REFERENCE_DTYPES, AttentionSpec, shown
 from triflash.target import Target
 
 
@@ -245,7 +245,7 @@ def get(name: str) -> Implementation:
         if row.name == name:
             return row
     raise ValueError(
-        f'implementation must be "auto" or one of {", ".join(implementations())}, got {name!r}'
+        f'implementation must be "auto" or one of {", ".join(implementations())}, got {shown(name)}'
     )
 
 

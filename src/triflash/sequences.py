@@ -34,15 +34,19 @@ def check_sequences(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = sequences
     total_q, total_k = totals
     capturing = _capturing(cu_seqlens_q)
+    # One tensor for both is what functions of packed qkv call cu_seqlens, and the first check of it
+    # is that of both. Nobody is there to rename it in a message from a GPU.
+    one = cu_seqlens_q is cu_seqlens_k
     for side, cu_seqlens, seqused, total, longest in (
         ("q", cu_seqlens_q, seqused_q, total_q, spec.seqlen_q),
         ("k", cu_seqlens_k, seqused_k, total_k, spec.seqlen_k),
     ):
         assert cu_seqlens is not None  # for the type checker: the spec is of a packed call
         assert total is not None
+        ending = "" if one else f"_{side}"
         bounds = (_version(cu_seqlens), total, longest)
         if capturing or not _passed(cu_seqlens, bounds):
-            _check_cu_seqlens(side, cu_seqlens, total, longest)
+            _check_cu_seqlens(side, ending, cu_seqlens, total, longest)
             if not capturing:  # what is captured has not run
                 _remember(cu_seqlens, bounds)
         if seqused is not None:
@@ -72,15 +76,15 @@ def _remember(tensor: Tensor, bounds: tuple[Any, ...]) -> None:
     _checked[key] = weakref.ref(tensor, lambda _: _checked.pop(key, None)), bounds
 
 
-def _check_cu_seqlens(side: str, cu_seqlens: Tensor, total: int, longest: int) -> None:
+def _check_cu_seqlens(side: str, ending: str, cu_seqlens: Tensor, total: int, longest: int) -> None:
     if cu_seqlens.device.type != "cpu":
         lengths = cu_seqlens.diff()
         right = ((lengths >= 0) & (lengths <= longest)).all()
         right = right & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
         torch._assert_async(
             right,
-            f"triflash: cu_seqlens_{side} must rise from 0 to {total}, the rows of {side}, by at "
-            f"most max_seqlen_{side}",
+            f"triflash: cu_seqlens{ending} must rise from 0 to {total}, the rows of {side}, by at "
+            f"most max_seqlen{ending}",
         )
         return
     values = cu_seqlens.tolist()

@@ -325,18 +325,60 @@ def make_spec(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    # Dynamo cannot hash symbolic sizes, and needs to see the comparisons to guard on them.
-    validate = _validate.__wrapped__ if torch.compiler.is_compiling() else _validate
-    spec = validate(
-        q.shape, k.shape, v.shape,
-        q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device,
-        q.stride(), k.stride(), v.stride(),
-        softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
+        check_dense(q=q, k=k, v=v)
+    spec = _remembered(
+        _validate,
+        (
+            q.shape, k.shape, v.shape,
+            q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device,
+            q.stride(), k.stride(), v.stride(),
+            softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+        ),
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
     return spec
+
+
+def check_dense(**tensors: object) -> None:
+    """Raises TypeError if one of these is a nested or sparse tensor, or has no strides else."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and (
+            tensor.is_nested or tensor.layout != torch.strided
+        ):
+            kind = (
+                "a nested one, whose sequences flash_attn_varlen_func takes packed"
+                if tensor.is_nested
+                else f"layout {tensor.layout}"
+            )
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def check_flag(name: str, flag: object) -> None:
+    """Raises TypeError if `flag` is not a bool, but 1, say, or a tensor."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {shown(flag)}")
+
+
+def shown(value: object) -> str:
+    """`value` for a message; of a tensor no values, for which it would wait."""
+    return type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _remembered(validate: Any, arguments: tuple[Any, ...]) -> AttentionSpec:
+    """What `validate`, an `lru_cache`, gives, which cannot remember what has no hash.
+
+    That is a list where a number belongs, which validation will name, and a symbolic size, whose
+    comparisons whoever traces has to see, to guard on them.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            return validate(*arguments)
+        except TypeError:  # of what is wrong, which is told below, or of what has no hash
+            pass
+    return validate.__wrapped__(*arguments)
 
 
 @lru_cache(maxsize=4096, typed=True)  # True and 1 are one key otherwise
@@ -414,8 +456,7 @@ def _validate(
         ("deterministic", deterministic),
         ("allow_tf32", allow_tf32),
     ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+        check_flag(name, flag)
     if features.blocks is not None:
         _check_blocks(features.blocks, batch, nheads, seqlen_q, seqlen_k)
     causal, features = _narrowest(causal, features, seqlen_q, seqlen_k)
@@ -449,7 +490,7 @@ def window_of(window_size: object) -> tuple[int | None, int | None]:
     if window_size is None:
         return None, None
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+        raise TypeError(f"window_size must be a pair (left, right), got {shown(window_size)}")
     for side in window_size:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(
@@ -508,6 +549,7 @@ def _check_extras(
     for name, tensor in zip(names, extras, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(**{name: tensor})
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
         if name == "bias":
@@ -552,6 +594,12 @@ def _check_extras(
 
 
 def _check_bias(spec: AttentionSpec, bias: torch.Tensor) -> None:
+    # What complex.conj().imag is; in a graph an operator gets it resolved.
+    if not torch.compiler.is_compiling() and bias.is_neg():
+        raise ValueError(
+            "bias must be in memory as it is, got the negation of what is there; call "
+            "bias.resolve_neg() first"
+        )
     if bias.dtype not in (torch.float32, spec.dtype):
         raise TypeError(f"bias must be float32 or of q's dtype {spec.dtype}, got {bias.dtype}")
     sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
@@ -597,6 +645,8 @@ def make_varlen_spec(
         raise ValueError(
             "block_mask is of padded tensors: packed sequences do not see each other without one"
         )
+    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
+        check_dense(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(
@@ -606,14 +656,15 @@ def make_varlen_spec(
     total_q, total_k = q.shape[0], k.shape[0]
     if v.shape[0] != total_k:
         raise ValueError(f"v must have k's {total_k} rows, got {v.shape[0]}")
-    validate, about = _validate_varlen, Varlen(_power_below(total_q), _power_below(total_k))
-    if torch.compiler.is_compiling():
-        validate = _validate_varlen.__wrapped__  # type: ignore[assignment]
-    spec = validate(
-        *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
-        *(None if t is None else _metadata(t) for t in sequences),
-        min(max_seqlen_q, total_q), min(max_seqlen_k, total_k), about, softmax_scale, causal,
-        deterministic, allow_tf32, aligned_bases, features,
+    spec = _remembered(
+        _validate_varlen,
+        (
+            *((t.shape[1:], t.dtype, t.device, t.stride()) for t in (q, k, v)),
+            *(None if t is None else _metadata(t) for t in sequences),
+            min(max_seqlen_q, total_q), min(max_seqlen_k, total_k),
+            Varlen(_power_below(total_q), _power_below(total_k)),
+            softmax_scale, causal, deterministic, allow_tf32, aligned_bases, features,
+        ),
     )  # fmt: skip
     if extras or features is not PLAIN:
         _check_extras(spec, features.names, extras, q.device)
@@ -628,8 +679,9 @@ def _metadata(tensor: torch.Tensor) -> _Metadata:
 
 
 def _power_below(total: int) -> int:
-    # While compiling it may be a symbol; the operator will see a number.
-    return 0 if torch.compiler.is_compiling() else 1 << total.bit_length() >> 1
+    # While tracing it may be a symbol; the operator will see a number.
+    symbol = torch.compiler.is_compiling() or isinstance(total, torch.SymInt)
+    return 0 if symbol else 1 << total.bit_length() >> 1
 
 
 @lru_cache(maxsize=4096, typed=True)
