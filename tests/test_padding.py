@@ -67,6 +67,7 @@ def test_any_masks(data, device):
     hidden = torch.randn(batch, seqlen, 3, device=device)
     check_unpad(hidden, kinds == 1, kinds == 2)
     check_unpad(hidden, (kinds == 1).int(), (kinds == 2).int())
+    check_unpad(hidden, (kinds == 1).float(), (kinds == 2).float())
 
 
 def test_no_sequences(device):
@@ -109,8 +110,9 @@ def test_bad_input(device):
         (lambda: unpad_input(hidden, mask[:, :3]), ValueError, r"attention_mask must .*\(2, 3\)"),
         (lambda: unpad_input(hidden, mask, mask.flatten()), ValueError, r"unused_mask .*\(8,\)"),
         (lambda: unpad_input(hidden, [[1] * 4] * 2), TypeError, "attention_mask .*, got list"),
-        (lambda: unpad_input(hidden, mask * 1.0), TypeError, "attention_mask .*bool or int"),
-        (lambda: unpad_input(hidden, mask, mask * 0.0), TypeError, "unused_mask .*bool or int"),
+        (lambda: unpad_input(hidden, mask * 1j), TypeError, "attention_mask .*got torch.complex"),
+        (lambda: unpad_input(hidden, mask * -torch.inf), ValueError, "attention_mask .*0 and 1"),
+        (lambda: unpad_input(hidden, mask * 0.5), ValueError, "attention_mask .*0 and 1"),
         (lambda: unpad_input(hidden, mask.to("meta")), ValueError, "attention_mask .*device"),
         (lambda: index_first_axis(hidden[0, 0], indices), ValueError, "input .* 2 dimensions"),
         (lambda: index_first_axis(hidden, indices[None]), ValueError, "indices .* 1 dimension"),

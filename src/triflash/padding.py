@@ -56,7 +56,7 @@ def unpad_input(
 
     Args:
         hidden_states: `(batch, seqlen, ...)`.
-        attention_mask: `(batch, seqlen)`, bool or int, 1 for tokens, 0 for padding.
+        attention_mask: `(batch, seqlen)`, any real dtype, 1 for tokens, 0 for padding.
         unused_mask: `(batch, seqlen)`, 1 for rows that are kept but do not take part: room for more
             tokens, behind those of the mask. No row may be in both.
 
@@ -68,9 +68,9 @@ def unpad_input(
         seqused: `(batch,)`, int32, the rows of attention_mask alone in each sequence.
 
     Raises:
-        TypeError: hidden_states or a mask is no tensor, or a mask is not bool or int.
+        TypeError: hidden_states or a mask is no tensor, or a mask is complex.
         ValueError: a mask is not `(batch, seqlen)` of hidden_states, is elsewhere, or holds
-            anything but 0 and 1, as one of documents' numbers would; a row is in both masks.
+            anything but 0 and 1, as documents' numbers or -inf for padding; a row is in both masks.
     """
     _check_tensors(hidden_states=hidden_states)
     masks = {"attention_mask": attention_mask}
@@ -83,8 +83,8 @@ def unpad_input(
                 f"{name} must have hidden_states' first dimensions (batch, seqlen) = "
                 f"{tuple(hidden_states.shape[:2])}, got shape {tuple(mask.shape)}"
             )
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"{name} must be bool or int, 1 for rows that stay, got {mask.dtype}")
+        if mask.is_complex():
+            raise TypeError(f"{name} must be of 0 and 1, got {mask.dtype}")
         if mask.device != hidden_states.device:
             raise ValueError(
                 f"{name} must be on hidden_states' device {hidden_states.device}, got {mask.device}"
