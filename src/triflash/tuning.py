@@ -50,6 +50,8 @@ class HopperConfig:
         kept: exponentials are relative to the largest score of a row's first block, where each row
             has one; another kernel runs behind, for what that is not right for.
         rolling: the first k and q of a tile are loaded before the last v of the one before it.
+        overlap: a tile's first product is issued behind the last one of the tile before it, whose
+            end it runs beside; q is in registers, or has slots for two tiles.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -70,6 +72,7 @@ class HopperConfig:
     bounded: bool = False
     kept: bool = False
     rolling: bool = False
+    overlap: bool = False
     num_warps: int = 4
     num_stages: int = 1
 

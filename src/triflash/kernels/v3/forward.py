@@ -70,6 +70,7 @@ class Schedule:
     kept: bool  # a row's maximum is that of its first block; sums out of range raise a flag
     behind: bool  # runs only where the flag is raised
     rolling: bool
+    overlap: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -194,9 +195,10 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
-                if n > 0:  # before q, which may wait for the end of the tile before this one
-                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
-                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
+                if not C.overlap:
+                    if n > 0:  # before q, which may wait for the end of the tile before this one
+                        fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
+                    row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
             elif i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
@@ -217,6 +219,10 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                     ready, _phase = full_of_q(t, w, C)
                     fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(ready),
                          q_smem, slot, C.parts)  # fmt: skip
+            if C.rolling and C.overlap:  # behind q, which does not wait for this
+                if n > 0:
+                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
+                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
             if not C.rolling:
                 if i > 0:
                     row = (end - i) * BLOCK_N
@@ -324,145 +330,86 @@ def read(tile_smem, i):
 def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
              window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
+    if C.turns and W == 0:  # the first turn is warpgroup 0's
+        pass_turn(C.consumers - 1, C.consumers)
+    if C.overlap:
+        consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists,
+                      softmax_scale, sizes, window_left, window_right, LAYOUT_S, W, C)  # fmt: skip
+    else:
+        consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale,
+                sizes, window_left, window_right, LAYOUT_S, W, C)  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit
+def consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
+            window_left, window_right, LAYOUT_S: gl.constexpr, W: gl.constexpr,
+            C: gl.constexpr):  # fmt: skip
+    """One tile after another."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    CONSUMERS: gl.constexpr = C.consumers
     BLOCK_N: gl.constexpr = C.block_n
-    Q_IN_REGISTERS: gl.constexpr = C.q_in_registers
-    PARTS: gl.constexpr = C.parts
-    PARTS_V: gl.constexpr = C.parts_v
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    nheads, seqlen_q, seqlen_k, Blocks = sizes[2], sizes[6], sizes[7], sizes[8]
+    seqlen_q, seqlen_k = sizes[6], sizes[7]
     total_q = None
     if C.packed:
-        total_q = gl.load(Blocks + 1)
-    LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
-    LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
-    scale_log2 = softmax_scale * C.scale_sign * LOG2_E
-    if C.scale_sign == 0:
-        scale_log2 = 1.0
-    FUSED: gl.constexpr = ScoreMods is not None and len(ScoreMods[0]) == 3
-    if ScoreMods is not None and not FUSED:  # which get scores in natural units
-        scale_log2 = 1.0 if C.base_2 else LOG2_E
-    constant = softmax_scale
-    LISTS: gl.constexpr = BlockLists is not None
-    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+        total_q = gl.load(sizes[8] + 1)
     bars = (k_full, k_empty, v_full, v_empty)
+
+    scale_log2, constant = scales(softmax_scale, ScoreMods, C)
 
     t = 0
     n = 0
-    if C.turns and W == 0:  # the first turn is warpgroup 0's
-        pass_turn(CONSUMERS - 1, CONSUMERS)
     mbarrier.wait(q_full.index(W), 0)
     start_m = read(tile_smem, C.fields * W)
     while start_m >= 0:
         q_slot, _phase = slot_of_q(t, W, C)
-        batch = read(tile_smem, C.fields * q_slot + 1)
-        head = read(tile_smem, C.fields * q_slot + 2)
-        entry_q = batch
-        rows_q = seqlen_q
-        if C.packed:
-            entry_q = read(tile_smem, C.fields * q_slot + 3)
-            rows_q = read(tile_smem, C.fields * q_slot + 4)
-            seqlen_q = read(tile_smem, C.fields * q_slot + 5)
-            seqlen_k = read(tile_smem, C.fields * q_slot + 6)
-        if FUSED:
-            scale_log2, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
-            scale_log2 *= LOG2_E
-        first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
-                                      ROWS * CONSUMERS, BLOCK_N, C.causal)  # fmt: skip
-        start_m += W * ROWS
-        begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
-                                           ROWS, BLOCK_N, C.causal)  # fmt: skip
-        if LISTS:
-            first, begin = 0, 0
-            last, entries = listed(BlockLists, batch, head, start_m, C)
-            end = last
+        batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields_of(
+            tile_smem, q_slot, seqlen_q, seqlen_k, C
+        )
+        if is_fused(ScoreMods):
+            scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
+        start_m, first, last, begin, inner, full, end, entries = walked(
+            BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, W, C
+        )
         if start_m >= seqlen_q:  # queries that do not exist
             begin, end = first, first + 1
         n = pass_by(last - end, n, bars, W, C)  # later than all of this warpgroup's queries
 
-        if PARTS == 2:
-            q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
-        elif HALVES:
-            q = halves(tile(q_smem[0], q_slot))
-        else:
-            q = (tile(q_smem[0], q_slot),)
-        if Q_IN_REGISTERS:
-            if len(q) == 2:
-                q = (q[0].load(LAYOUT_Q), q[1])
-            else:
-                q = (q[0].load(LAYOUT_Q),)
-        if Q_IN_REGISTERS and len(q) == 1:
+        q = query(q_smem, q_slot, LAYOUT_S, C)
+        if C.q_in_registers and len(q) == 1:
             mbarrier.arrive(q_empty.index(q_slot), count=1)
-        q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
-        if ScoreMods is not None or MaskMod is not None:
-            length_q, length_k = seqlen_q, seqlen_k
-            if C.packed:  # of sequences of nothing, what stands for them in index 0
-                length_q, length_k = gl.maximum(seqlen_q, 1), gl.maximum(seqlen_k, 1)
-            q_idx = gl.minimum(q_idx, length_q - 1)  # so that what users load by it exists
+        q_idx, length_q, length_k = queries_of(
+            start_m, seqlen_q, seqlen_k, ScoreMods, MaskMod, LAYOUT_S, C
+        )
         mbarrier.wait(k_full.index(n % STAGES_K), n // STAGES_K & 1)
         if C.turns:
             await_turn(W)
         s = scores(q, k_smem, n % STAGES_K, LAYOUT_S)
         if C.turns:
-            pass_turn(W, CONSUMERS)
+            pass_turn(W, C.consumers)
         s = warpgroup_mma_wait(0, deps=(s,))
         release(k_empty.index(n % STAGES_K))
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT_S))
-        s = signed(s, C.scale_sign)
-        start_n = (end - 1) * BLOCK_N
-        if LISTS:
-            start_n, _partial = visited(entries, start_n, C.size_k)
-        if ScoreMods is not None:
-            s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
-                         False, C.base_2)  # fmt: skip
-        if WINDOW:
-            s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
-        elif C.causal or C.check_keys:
-            s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
-        if MaskMod is not None:
-            seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
-            s = gl.where(seen, s, float("-inf"))
-        HIDES: gl.constexpr = (
-            C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
-        )
-        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C)
-        l_i = sum_of_lanes(p)
-        p = p.to(v_smem[0].dtype)
-        if PARTS_V == 1:
-            acc = (zeros(v_smem[0]),)
-        else:
-            acc = (zeros(v_smem[0]), zeros(v_smem[1]))
+        m_i, p, l_i, acc = first_weights(
+            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end, entries,
+            seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod, C,
+        )  # fmt: skip
 
         for i in range(1, end - begin):
-            block = end - 1 - i
-            start_n = block * BLOCK_N
-            edge = block >= full
-            if window_left is not None:
-                edge = edge | (block < inner)
-            if LISTS:
-                start_n, edge = visited(entries, start_n, C.size_k)
+            start_n, edge = block_at(end - 1 - i, inner, full, entries, window_left, C)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
                                     scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
-        if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
+        if not C.alias and not (C.q_in_registers and len(q) == 1):
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
         acc = add_products(operands(p, acc), tiles_of(v_smem, n % STAGES), acc)
-        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
-        if C.kept:  # also where a sum is NaN
-            flags = Counter + FLAG + gl.zeros_like(l_i).to(gl.int32)
-            gl.store(flags, gl.full_like(l_i, 1.0).to(gl.int32), mask=not_within(l_i))
-        sink = None
-        if Sinks is not None:
-            sink = gl.load(Sinks + head).to(gl.float32)
-        lse, normaliser = finish(m_i, l_i, sink)
+        lse, normaliser = ended(m_i, l_i, Counter, Sinks, head, LAYOUT_S, C)
         acc = finished(acc)
         release(v_empty.index(n % STAGES))
         n += 1
@@ -474,23 +421,8 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         else:
             o_slot = W
             tma.store_wait(0)  # the tile before this one
-        for part in gl.static_range(PARTS_V):
-            factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
-            out = (acc[part] * factor[:, None]).to(v_smem[0].dtype)
-            if C.used_q:
-                rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
-                out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
-            tile(o_smem[part], o_slot).store(out)
-        fence_async_shared()
-        for part in gl.static_range(PARTS_V):
-            store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(o_slot),
-                  part * v_smem[0].shape[-1])  # fmt: skip
-        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
-        if C.used_q:
-            lse = gl.where(offs_m < seqlen_q - start_m, lse, float("-inf"))
-        lse_row = Lse + lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
-        gl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
-
+        write(acc, lse, normaliser, o_smem, o_slot, Out, Lse, batch, head, entry_q, start_m, rows_q,
+              seqlen_q, total_q, sizes[2], v_smem, LAYOUT_S, C)  # fmt: skip
         if C.alias:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(o_slot), count=1)
@@ -499,7 +431,351 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         mbarrier.wait(q_full.index(ready), phase)
         q_slot, _phase = slot_of_q(t, W, C)
         start_m = read(tile_smem, C.fields * q_slot)
-    tma.store_wait(0)
+
+
+@gluon.jit
+def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale,
+                  sizes, window_left, window_right, LAYOUT_S: gl.constexpr, W: gl.constexpr,
+                  C: gl.constexpr):  # fmt: skip
+    """A tile's first product is begun behind the last one of the tile before it, whose end it runs
+    beside. Behind the last tile it multiplies what lies there, and nobody looks."""
+    STAGES: gl.constexpr = C.stages
+    STAGES_K: gl.constexpr = C.stages_k
+    q_smem, k_smem, v_smem, o_smem, _tile, _q_full, q_empty, k_full, k_empty, v_full, v_empty = (
+        shared
+    )
+    total_q = None
+    if C.packed:
+        total_q = gl.load(sizes[8] + 1)
+    bars = (k_full, k_empty, v_full, v_empty)
+    SHARED: gl.constexpr = not C.q_in_registers or C.half_q or C.parts == 2  # q, in part at least
+    gl.static_assert(C.slots_q % C.consumers == 0)
+    gl.static_assert(C.stages_q > 1 if SHARED else not C.alias)
+    # The others may need as many blocks behind one whose v is not released yet.
+    gl.static_assert(C.stages * C.block_n > (C.consumers - 1) * ROWS)
+    scale_log2, constant = scales(softmax_scale, ScoreMods, C)
+
+    t = 0
+    n = 0
+    n, passed, s, fields, walk = begun(shared, BlockLists, sizes, window_left, window_right, t, n,
+                                       LAYOUT_S, W, C)  # fmt: skip
+    s = warpgroup_mma_wait(0, deps=(s,))
+    release(k_empty.index(n % STAGES_K))
+    pass_v(passed, n - passed, bars, C)
+    start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields
+    first, middle, begin, inner, full, end, entries = walk
+    while start_m >= 0:
+        if is_fused(ScoreMods):
+            scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
+        q_slot, _phase = slot_of_q(t, W, C)
+        q = query(q_smem, q_slot, LAYOUT_S, C)
+        start_m += W * ROWS
+        q_idx, length_q, length_k = queries_of(
+            start_m, seqlen_q, seqlen_k, ScoreMods, MaskMod, LAYOUT_S, C
+        )
+        m_i, p, l_i, acc = first_weights(
+            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end, entries,
+            seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod, C,
+        )  # fmt: skip
+        if not SHARED:
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
+        if C.alias:  # out of the tile before this one has left its slot
+            tma.store_wait(0)
+            o_slot, _phase = slot_of_q(t + C.stages_q - 1, W, C)
+            mbarrier.arrive(q_empty.index(o_slot), count=1, pred=t > 0)
+
+        for i in range(1, end - begin):
+            start_n, edge = block_at(end - 1 - i, inner, full, entries, window_left, C)
+            acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
+                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
+                                    seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+                                    LAYOUT_S, W, C)  # fmt: skip
+            n += 1
+        n = skip(middle, n, bars, W, C)
+        if SHARED and not C.alias:
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
+        mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
+        acc = add_products(operands(p, acc), tiles_of(v_smem, n % STAGES), acc)
+
+        next_n = n + 1
+        if window_left is not None:
+            next_n = pass_k(begin - first, next_n, bars, W, C)  # before all of their windows
+        next_n, _passed, s_next, next_fields, walk = begun(
+            shared, BlockLists, sizes, window_left, window_right, t + 1, next_n, LAYOUT_S, W, C
+        )
+        lse, normaliser = ended(m_i, l_i, Counter, Sinks, head, LAYOUT_S, C)
+        acc = finished(acc, C.parts)
+        release(v_empty.index(n % STAGES))
+        pass_v(next_n - n - 1, n + 1, bars, C)
+        n = next_n
+
+        if C.alias:
+            o_slot, _phase = slot_of_q(opaque(t), W, C)
+        else:
+            o_slot = W
+            tma.store_wait(0)  # the tile before this one
+        write(acc, lse, normaliser, o_smem, o_slot, Out, Lse, batch, head, entry_q, start_m, rows_q,
+              seqlen_q, total_q, sizes[2], v_smem, LAYOUT_S, C)  # fmt: skip
+        t += 1
+        start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = next_fields
+        first, middle, begin, inner, full, end, entries = walk
+        s = warpgroup_mma_wait(0, deps=(s_next,))
+        release(k_empty.index(n % STAGES_K))
+
+
+@gluon.jit
+def begun(shared, BlockLists, sizes, window_left, window_right, t, n, LAYOUT_S: gl.constexpr,
+          W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """The t-th tile with its first product begun: the number of its block, how many blocks whose v
+    is to be released lie before it, the product, the tile's fields, and the blocks that this
+    warpgroup walks.
+
+    Products may be under way here: nothing but waits depends on whether there is such a tile. q
+    is from shared memory, as registers of 16 bits that a loop carries are taken apart.
+    """
+    q_smem, k_smem, _v, _o, tile_smem, q_full, _empty, k_full, k_empty, v_full, v_empty = shared
+    ready, phase = full_of_q(t, W, C)
+    mbarrier.wait(q_full.index(ready), phase)
+    q_slot, _phase = slot_of_q(t, W, C)
+    start_m = read(tile_smem, C.fields * q_slot)
+    batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields_of(
+        tile_smem, q_slot, sizes[6], sizes[7], C
+    )
+    start_w, first, last, begin, inner, full, end, entries = walked(
+        BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, W, C
+    )
+    middle = 0
+    if start_w >= seqlen_q:  # queries that do not exist; `skip` what lies between
+        middle = last - 1 - first
+        first = last - 1
+        begin = last - 1
+        end = last
+    passed = 0
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    DIAGONAL: gl.constexpr = C.causal and (C.edges or C.block_n % (ROWS * C.consumers) != 0)
+    if (WINDOW or DIAGONAL) and C.size_k is None:  # else all warpgroups begin with one block
+        if start_m >= 0:
+            passed = last - end
+        n = pass_k(passed, n, (k_full, k_empty, v_full, v_empty), W, C)
+    mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1, pred=start_m >= 0)
+    if C.turns:
+        await_turn(W)
+    s = scores(tiles_of(q_smem, q_slot), k_smem, n % C.stages_k, LAYOUT_S)
+    if C.turns:
+        pass_turn(W, C.consumers)
+    fields = (start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k)
+    return n, passed, s, fields, (first, middle, begin, inner, full, end, entries)
+
+
+@gluon.jit
+def pass_k(count, n, bars, W: gl.constexpr, C: gl.constexpr):
+    """`pass_by` while a product with v is under way: releases k alone, `pass_v` the rest."""
+    k_full, k_empty, _v_full, _v_empty = bars
+    for _ in range(count):
+        mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1)
+        release(k_empty.index(n % C.stages_k))
+        if C.turns:
+            await_turn(W)
+            pass_turn(W, C.consumers)
+        n += 1
+    return n
+
+
+@gluon.jit
+def pass_v(count, n, bars, C: gl.constexpr):
+    """Release v of the blocks behind `pass_k`."""
+    _k_full, _k_empty, v_full, v_empty = bars
+    for _ in range(count):
+        mbarrier.wait(v_full.index(n % C.stages), n // C.stages & 1)
+        release(v_empty.index(n % C.stages))
+        n += 1
+
+
+@gluon.jit
+def skip(count, n, bars, W: gl.constexpr, C: gl.constexpr):
+    """For a warpgroup without queries, which has read k of block n: goes on as if it had read k of
+    the block `count` later. So no block waits for it while a product of it is under way."""
+    k_full, k_empty, v_full, v_empty = bars
+    for _ in range(count):
+        mbarrier.wait(v_full.index(n % C.stages), n // C.stages & 1)
+        release(v_empty.index(n % C.stages))
+        n += 1
+        mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1)
+        release(k_empty.index(n % C.stages_k))
+        if C.turns:
+            await_turn(W)
+            pass_turn(W, C.consumers)
+    return n
+
+
+@gluon.jit
+def fields_of(tile_smem, q_slot, seqlen_q, seqlen_k, C: gl.constexpr):
+    """What else was published of a tile: (batch, head, entry_q, rows_q, seqlen_q, seqlen_k)."""
+    batch = read(tile_smem, C.fields * q_slot + 1)
+    head = read(tile_smem, C.fields * q_slot + 2)
+    entry_q = batch
+    rows_q = seqlen_q
+    if C.packed:
+        entry_q = read(tile_smem, C.fields * q_slot + 3)
+        rows_q = read(tile_smem, C.fields * q_slot + 4)
+        seqlen_q = read(tile_smem, C.fields * q_slot + 5)
+        seqlen_k = read(tile_smem, C.fields * q_slot + 6)
+    return batch, head, entry_q, rows_q, seqlen_q, seqlen_k
+
+
+@gluon.constexpr_function
+def is_fused(score_mods):
+    """Whether they have a scale of their own."""
+    return score_mods is not None and len(score_mods[0]) == 3
+
+
+@gluon.jit
+def scales(softmax_scale, ScoreMods, C: gl.constexpr):
+    """The scale of exponents in base 2, whose sign is C.scale_sign, and that of modifications."""
+    scale_log2 = softmax_scale * C.scale_sign * LOG2_E
+    if C.scale_sign == 0:
+        scale_log2 = 1.0
+    if ScoreMods is not None and len(ScoreMods[0]) == 2:  # which get scores in natural units
+        scale_log2 = 1.0 if C.base_2 else LOG2_E
+    return scale_log2, softmax_scale
+
+
+@gluon.jit
+def fused_scales(softmax_scale, ScoreMods, batch, head):
+    """`scales` of a head."""
+    scale_log2, constant = ScoreMods[0][2](batch, head, softmax_scale, ScoreMods[0][1])
+    return scale_log2 * LOG2_E, constant
+
+
+@gluon.jit
+def walked(BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right,
+           W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """Warpgroup W's first query; the blocks of keys of the tile, [first, last), and its own,
+    [begin, end), as in `blocks_of`; and the list that they are places of, or 0."""
+    first, _, _, last = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                  ROWS * C.consumers, C.block_n, C.causal)  # fmt: skip
+    start_m += W * ROWS
+    begin, inner, full, end = blocks_of(start_m, seqlen_q, seqlen_k, window_left, window_right,
+                                        ROWS, C.block_n, C.causal)  # fmt: skip
+    entries = 0
+    if BlockLists is not None:
+        first, begin = 0, 0
+        last, entries = listed(BlockLists, batch, head, start_m, C)
+        end = last
+    return start_m, first, last, begin, inner, full, end, entries
+
+
+@gluon.jit
+def block_at(block, inner, full, entries, window_left, C: gl.constexpr):
+    """The first key of a block, and whether it is on the edge of a mask."""
+    start_n = block * C.block_n
+    edge = block >= full
+    if window_left is not None:
+        edge = edge | (block < inner)
+    if C.size_k is not None:
+        start_n, edge = visited(entries, start_n, C.size_k)
+    return start_n, edge
+
+
+@gluon.jit
+def query(q_smem, q_slot, LAYOUT_S: gl.constexpr, C: gl.constexpr):
+    """q of a tile in its parts, each in shared memory or in registers."""
+    HALVES: gl.constexpr = C.q_in_registers and (C.half_q or q_smem[0].shape[-1] == 256)
+    LAYOUT_Q: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_S, 2)
+    if C.parts == 2:
+        q = (tile(q_smem[0], q_slot), tile(q_smem[1], q_slot))
+    elif HALVES:
+        q = halves(tile(q_smem[0], q_slot))
+    else:
+        q = (tile(q_smem[0], q_slot),)
+    if C.q_in_registers:
+        if len(q) == 2:
+            q = (q[0].load(LAYOUT_Q), q[1])
+        else:
+            q = (q[0].load(LAYOUT_Q),)
+    return q
+
+
+@gluon.jit
+def queries_of(start_m, seqlen_q, seqlen_k, ScoreMods, MaskMod, LAYOUT_S: gl.constexpr,
+               C: gl.constexpr):  # fmt: skip
+    """Indices of a tile's queries, and the lengths that modifications are told."""
+    q_idx = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))[:, None]
+    length_q, length_k = seqlen_q, seqlen_k
+    if ScoreMods is not None or MaskMod is not None:
+        if C.packed:  # of sequences of nothing, what stands for them in index 0
+            length_q, length_k = gl.maximum(seqlen_q, 1), gl.maximum(seqlen_k, 1)
+        q_idx = gl.minimum(q_idx, length_q - 1)  # so that what users load by it exists
+    return q_idx, length_q, length_k
+
+
+@gluon.jit
+def first_weights(s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end,
+                  entries, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+                  C: gl.constexpr):  # fmt: skip
+    """The softmax of a tile's first block: the state that `step` goes on with."""
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
+    s = signed(s, C.scale_sign)
+    start_n = (end - 1) * C.block_n
+    if C.size_k is not None:
+        start_n, _partial = visited(entries, start_n, C.size_k)
+    if ScoreMods is not None:
+        s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
+                     False, C.base_2)  # fmt: skip
+    WINDOW: gl.constexpr = window_left is not None or window_right is not None
+    if WINDOW:
+        s = mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, C.causal)
+    elif C.causal or C.check_keys:
+        s = mask_at_the_end(s, q_idx, start_n, seqlen_q, seqlen_k, C.causal)
+    if MaskMod is not None:
+        seen = shown(batch, head, q_idx, keys_of(s, start_n), length_q, length_k, MaskMod)
+        s = gl.where(seen, s, float("-inf"))
+    HIDES: gl.constexpr = (
+        C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
+    )
+    m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C)
+    l_i = sum_of_lanes(p)
+    p = p.to(v_smem[0].dtype)
+    if C.parts_v == 1:
+        acc = (zeros(v_smem[0]),)
+    else:
+        acc = (zeros(v_smem[0]), zeros(v_smem[1]))
+    return m_i, p, l_i, acc
+
+
+@gluon.jit
+def ended(m_i, l_i, Counter, Sinks, head, LAYOUT_S: gl.constexpr, C: gl.constexpr):
+    """lse of a tile, and what normalises acc."""
+    l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
+    if C.kept:  # also where a sum is NaN
+        flags = Counter + FLAG + gl.zeros_like(l_i).to(gl.int32)
+        gl.store(flags, gl.full_like(l_i, 1.0).to(gl.int32), mask=not_within(l_i))
+    sink = None
+    if Sinks is not None:
+        sink = gl.load(Sinks + head).to(gl.float32)
+    return finish(m_i, l_i, sink)
+
+
+@gluon.jit
+def write(acc, lse, normaliser, o_smem, o_slot, Out, Lse, batch, head, entry_q, start_m, rows_q,
+          seqlen_q, total_q, nheads, v_smem, LAYOUT_S: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """out, which leaves through a slot of o_smem, and lse."""
+    for part in gl.static_range(len(acc)):
+        factor = gl.convert_layout(normaliser, gl.SliceLayout(1, acc[part].type.layout))
+        out = (acc[part] * factor[:, None]).to(v_smem[0].dtype)
+        if C.used_q:
+            rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc[part].type.layout))
+            out = gl.where((rows < seqlen_q - start_m)[:, None], out, 0.0)
+        tile(o_smem[part], o_slot).store(out)
+    fence_async_shared()
+    for part in gl.static_range(len(acc)):
+        store(Out[part], entry_q, head, start_m, rows_q, o_smem[part].index(o_slot),
+              part * v_smem[0].shape[-1])  # fmt: skip
+    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT_S))
+    if C.used_q:
+        lse = gl.where(offs_m < seqlen_q - start_m, lse, float("-inf"))
+    lse_row = Lse + lse_offset(batch, head, entry_q, nheads, seqlen_q, total_q) + start_m
+    gl.store(lse_row + offs_m, lse, mask=offs_m < rows_q - start_m)
 
 
 @gluon.jit
@@ -1013,6 +1289,7 @@ def _prepare(
         kept=config.kept and not config.bounded and _seen_at_once(spec, whole, given[2]),
         behind=False,
         rolling=config.rolling,
+        overlap=config.overlap,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
@@ -1036,7 +1313,7 @@ def _prepare(
     arrange = partial(_arguments, spec, tuning.v3_fuses(spec))
     launch, behind = (
         Launch(forward_kernel, programs, scalars, (of,), config, views, arrange)
-        for of in (schedule, replace(schedule, kept=False, behind=True))
+        for of in (schedule, replace(schedule, kept=False, behind=True, overlap=False))
     )
     return (
         launch,
