@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -397,9 +397,10 @@ def log_of_ptxas(ptx: str) -> str:
 def instructions(config, q: list[int], k: list[int], v: list[int], backward: bool) -> int:
     """How many wgmma instructions a kernel for these tiles of q, k and v has."""
     if not backward:
-        # q k^T once before the loop and once in it, p v once in it and once behind it.
-        products = sum(config.widths) // 16 + len(config.widths_v) * k[-2] // 16
-        return config.consumers * 2 * products
+        # q k^T once before the loop and once in it, p v once in it and once behind it. Where tiles
+        # overlap, q k^T also before the first tile.
+        scores, values = sum(config.widths) // 16, len(config.widths_v) * k[-2] // 16
+        return config.consumers * ((2 + config.overlap) * scores + 2 * values)
     parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
     if config.wide:
         # q k^T, once more where it is ahead, and dout v^T; dv and dk in parts of 128 columns at
@@ -433,6 +434,50 @@ def loops(code: str) -> list[str]:
 @triton.jit
 def first_half(b, h, q_idx, kv_idx, aux):
     return kv_idx < tl.full([1, 1], 512, tl.int32)
+
+
+# Fields of v3's forward with tiles that overlap, q from registers or from shared memory.
+IN_REGISTERS = {"overlap": True, "rolling": True}
+THROUGH_Q = {"overlap": True, "rolling": True, "alias": True, "slots_q": 4}
+FROM_SHARED = {**THROUGH_Q, "q_in_registers": False, "half_q": False}
+OVERLAPS = {
+    "registers": ({"headdim": 128, "causal": True}, IN_REGISTERS),
+    "full": ({"headdim": 128, "seqlen_k": 1000}, FROM_SHARED),
+    "fp16": ({"dtype": FP16, "headdim": 128, "causal": True}, FROM_SHARED),
+    "packed": ({"headdim": 128, "causal": True, "packed": True}, IN_REGISTERS),
+    "window": (
+        {"headdim": 128, "causal": True, "feature": "left"},
+        {**FROM_SHARED, "slots_q": 6},
+    ),
+    "blocks": ({"headdim": 128, "causal": True, "feature": "large blocks"}, THROUGH_Q),
+    "softcap": ({"headdim": 128, "causal": True, "feature": "softcap"}, THROUGH_Q),
+    "alibi": ({"headdim": 128, "causal": True, "feature": "alibi"}, THROUGH_Q),
+    "64": ({"headdim": 64, "causal": True}, {"overlap": True}),
+    "96": ({"headdim": 96, "causal": True}, FROM_SHARED),
+}
+
+
+@contextmanager
+def overlapping(**fields):
+    """v3's forward with these fields of its configuration."""
+    tuned = tuning.v3_forward
+    with mock.patch.object(tuning, "v3_forward", lambda *a: replace(tuned(*a), **fields)):
+        yield
+
+
+def code_of_overlap(name: str) -> tuple[dict, list[str]]:
+    """What `code_of` says, and of each warpgroup what comes from its last product with v on."""
+    call, fields = OVERLAPS[name]
+    gpu, target, _ = aot.TARGETS["sm_90"]
+    with overlapping(**fields):
+        launch = next(x for x in launches_of(target, False, **call) if x.kernel.is_gluon())
+    lines = aot.sass(aot.compile_launch(launch, gpu).asm["cubin"]).splitlines()
+    marks = {"HGMMA": "product", "STSM": "out", "UTMASTG": "store"}
+    marks |= {"gsb0, 0x0": "wait 0", "gsb0, 0x1": "wait 1", "gsb0, 0x2": "wait 2"}
+    events = [mark for line in lines for text, mark in marks.items() if text in line]
+    events = [a for a, b in zip(events, ["", *events], strict=False) if a != b]
+    ends = [i for i, x in enumerate(events) if x == "store"]
+    return code_of(launch, False), [" ".join(events[i - 3 : i + 2]) for i in ends]
 
 
 def error_of_a_tile() -> str:
@@ -515,6 +560,19 @@ def test_machine_code_of_the_backward(call, compiler):
     assert kernel["stack"] <= stack
     assert kernel["registers_move"]
     assert not any(kernel["around"])
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.sampled(3)) for x in OVERLAPS])
+def test_machine_code_of_tiles_that_overlap(name, compiling):
+    kernel, ends = compiling(code_of_overlap, name)
+    assert kernel["shared"] <= 227 * 1024
+    assert "C7512" not in kernel["log"], kernel["log"]
+    assert max(kernel["local_in_loops"]) == 0
+    assert kernel["stack"] <= 8
+    assert kernel["hgmma"] == kernel["hgmma_expected"]
+    # The next tile's product is on its way until out is.
+    for end in ends[: 1 if name == "96" else None]:
+        assert re.fullmatch(r"product wait [12] out store (wait 0|out)", end), ends
 
 
 def test_delta_is_taken_apart_for_sinks_alone(compiling):

@@ -71,6 +71,7 @@ class Schedule:
     behind: bool  # runs only where the flag is raised
     rolling: bool
     overlap: bool
+    windows: bool
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
     causal: bool
@@ -92,6 +93,12 @@ class Schedule:
     def fields(self) -> int:
         """Numbers that tell a warpgroup its tile."""
         return 7 if self.packed else 3
+
+    @property
+    def uneven(self) -> bool:
+        """Whether warpgroups may begin a tile with different blocks."""
+        together = self.block_n % (ROWS.value * self.consumers) == 0 and not self.edges
+        return self.windows or (self.causal and self.size_k is None and not together)
 
     @property
     def stages_q(self) -> int:
@@ -195,10 +202,9 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 fill(K, entry_k, head_k, row, seqlen_k, k_full.index(n % STAGES_K), k_smem,
                      n % STAGES_K, C.parts)  # fmt: skip
-                if not C.overlap:
-                    if n > 0:  # before q, which may wait for the end of the tile before this one
-                        fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
-                    row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
+                if n > 0:  # before q, which may wait for the end of the tile before this one
+                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
+                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
             elif i < blocks:
                 mbarrier.wait(k_empty.index(n % STAGES_K), n // STAGES_K & 1 ^ 1)
                 row = (end - 1 - i) * BLOCK_N
@@ -219,10 +225,6 @@ def producer(shared, Q, K, V, Counter, BlockLists, sizes, window_left, window_ri
                     ready, _phase = full_of_q(t, w, C)
                     fill(Q, entry_q, head, start_m + w * ROWS, seqlen_q, q_full.index(ready),
                          q_smem, slot, C.parts)  # fmt: skip
-            if C.rolling and C.overlap:  # behind q, which does not wait for this
-                if n > 0:
-                    fill_v(V, entry_v, head_v, row_v, seqlen_v, shared, n - 1, C)
-                row_v, entry_v, head_v, seqlen_v = row, entry_k, head_k, seqlen_k
             if not C.rolling:
                 if i > 0:
                     row = (end - i) * BLOCK_N
@@ -331,32 +333,32 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
              window_left, window_right, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     LAYOUT_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
+    total_q = None
+    if C.packed:
+        total_q = gl.load(sizes[8] + 1)
     if C.turns and W == 0:  # the first turn is warpgroup 0's
         pass_turn(C.consumers - 1, C.consumers)
     if C.overlap:
         consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists,
-                      softmax_scale, sizes, window_left, window_right, LAYOUT_S, W, C)  # fmt: skip
+                      softmax_scale, sizes, total_q, window_left, window_right, LAYOUT_S, W,
+                      C)  # fmt: skip
     else:
         consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale,
-                sizes, window_left, window_right, LAYOUT_S, W, C)  # fmt: skip
+                sizes, total_q, window_left, window_right, LAYOUT_S, W, C)  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale, sizes,
-            window_left, window_right, LAYOUT_S: gl.constexpr, W: gl.constexpr,
+            total_q, window_left, window_right, LAYOUT_S: gl.constexpr, W: gl.constexpr,
             C: gl.constexpr):  # fmt: skip
     """One tile after another."""
     STAGES: gl.constexpr = C.stages
     STAGES_K: gl.constexpr = C.stages_k
-    BLOCK_N: gl.constexpr = C.block_n
     q_smem, k_smem, v_smem, o_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
     seqlen_q, seqlen_k = sizes[6], sizes[7]
-    total_q = None
-    if C.packed:
-        total_q = gl.load(sizes[8] + 1)
     bars = (k_full, k_empty, v_full, v_empty)
 
     scale_log2, constant = scales(softmax_scale, ScoreMods, C)
@@ -435,8 +437,8 @@ def consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, so
 
 @gluon.jit
 def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, softmax_scale,
-                  sizes, window_left, window_right, LAYOUT_S: gl.constexpr, W: gl.constexpr,
-                  C: gl.constexpr):  # fmt: skip
+                  sizes, total_q, window_left, window_right, LAYOUT_S: gl.constexpr,
+                  W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A tile's first product is begun behind the last one of the tile before it, whose end it runs
     beside. Behind the last tile it multiplies what lies there, and nobody looks."""
     STAGES: gl.constexpr = C.stages
@@ -444,9 +446,6 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
     q_smem, k_smem, v_smem, o_smem, _tile, _q_full, q_empty, k_full, k_empty, v_full, v_empty = (
         shared
     )
-    total_q = None
-    if C.packed:
-        total_q = gl.load(sizes[8] + 1)
     bars = (k_full, k_empty, v_full, v_empty)
     SHARED: gl.constexpr = not C.q_in_registers or C.half_q or C.parts == 2  # q, in part at least
     gl.static_assert(C.slots_q % C.consumers == 0)
@@ -464,9 +463,9 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
     pass_v(passed, n - passed, bars, C)
     start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields
     first, middle, begin, inner, full, end, entries = walk
+    if is_fused(ScoreMods):
+        scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
     while start_m >= 0:
-        if is_fused(ScoreMods):
-            scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
         q_slot, _phase = slot_of_q(t, W, C)
         q = query(q_smem, q_slot, LAYOUT_S, C)
         start_m += W * ROWS
@@ -484,14 +483,15 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
             o_slot, _phase = slot_of_q(t + C.stages_q - 1, W, C)
             mbarrier.arrive(q_empty.index(o_slot), count=1, pred=t > 0)
 
-        for i in range(1, end - begin):
+        # Opaque, as what a loop carries is lost where it only bounds a loop inside (Triton 3.6).
+        for i in range(1, opaque(end - begin)):
             start_n, edge = block_at(end - 1 - i, inner, full, entries, window_left, C)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
                                     scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
-        n = skip(middle, n, bars, W, C)
+        n = skip(opaque(middle), n, bars, W, C)
         if SHARED and not C.alias:
             mbarrier.arrive(q_empty.index(q_slot), count=1)
         mbarrier.wait(v_full.index(n % STAGES), n // STAGES & 1)
@@ -499,7 +499,8 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
 
         next_n = n + 1
         if window_left is not None:
-            next_n = pass_k(begin - first, next_n, bars, W, C)  # before all of their windows
+            left = opaque(begin - first)  # before all of this warpgroup's windows
+            next_n = pass_k(left, next_n, bars, W, C)
         next_n, _passed, s_next, next_fields, walk = begun(
             shared, BlockLists, sizes, window_left, window_right, t + 1, next_n, LAYOUT_S, W, C
         )
@@ -519,6 +520,8 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
         t += 1
         start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = next_fields
         first, middle, begin, inner, full, end, entries = walk
+        if is_fused(ScoreMods):
+            scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
         s = warpgroup_mma_wait(0, deps=(s_next,))
         release(k_empty.index(n % STAGES_K))
 
@@ -541,21 +544,10 @@ def begun(shared, BlockLists, sizes, window_left, window_right, t, n, LAYOUT_S: 
     batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields_of(
         tile_smem, q_slot, sizes[6], sizes[7], C
     )
-    start_w, first, last, begin, inner, full, end, entries = walked(
-        BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, W, C
-    )
-    middle = 0
-    if start_w >= seqlen_q:  # queries that do not exist; `skip` what lies between
-        middle = last - 1 - first
-        first = last - 1
-        begin = last - 1
-        end = last
     passed = 0
-    WINDOW: gl.constexpr = window_left is not None or window_right is not None
-    DIAGONAL: gl.constexpr = C.causal and (C.edges or C.block_n % (ROWS * C.consumers) != 0)
-    if (WINDOW or DIAGONAL) and C.size_k is None:  # else all warpgroups begin with one block
-        if start_m >= 0:
-            passed = last - end
+    if C.uneven:
+        walk, passed = walked_ahead(BlockLists, batch, head, start_m, seqlen_q, seqlen_k,
+                                    window_left, window_right, W, C)  # fmt: skip
         n = pass_k(passed, n, (k_full, k_empty, v_full, v_empty), W, C)
     mbarrier.wait(k_full.index(n % C.stages_k), n // C.stages_k & 1, pred=start_m >= 0)
     if C.turns:
@@ -563,8 +555,31 @@ def begun(shared, BlockLists, sizes, window_left, window_right, t, n, LAYOUT_S: 
     s = scores(tiles_of(q_smem, q_slot), k_smem, n % C.stages_k, LAYOUT_S)
     if C.turns:
         pass_turn(W, C.consumers)
+    if not C.uneven:  # behind the product, which needs none of it
+        walk, _passed = walked_ahead(BlockLists, batch, head, start_m, seqlen_q, seqlen_k,
+                                     window_left, window_right, W, C)  # fmt: skip
     fields = (start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k)
-    return n, passed, s, fields, (first, middle, begin, inner, full, end, entries)
+    return n, passed, s, fields, walk
+
+
+@gluon.jit
+def walked_ahead(BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right,
+                 W: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """What `walked` says, with how many blocks to `skip` in place of the tile's last; and how many
+    are later than all of this warpgroup's queries."""
+    start_w, first, last, begin, inner, full, end, entries = walked(
+        BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, W, C
+    )
+    middle = 0
+    if start_w >= seqlen_q:  # queries that do not exist
+        middle = last - 1 - first
+        first = last - 1
+        begin = last - 1
+        end = last
+    later = 0
+    if start_m >= 0:
+        later = last - end
+    return (first, middle, begin, inner, full, end, entries), later
 
 
 @gluon.jit
@@ -1290,6 +1305,7 @@ def _prepare(
         behind=False,
         rolling=config.rolling,
         overlap=config.overlap,
+        windows=spec.features.window_left is not None or spec.features.window_right is not None,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
         causal=spec.causal,
