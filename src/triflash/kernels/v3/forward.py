@@ -395,8 +395,9 @@ def consume(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, so
             pass_turn(W, C.consumers)
         s = warpgroup_mma_wait(0, deps=(s,))
         release(k_empty.index(n % STAGES_K))
+        start_n, _edge = block_at(end - 1, inner, full, entries, window_left, C)
         m_i, p, l_i, acc = first_weights(
-            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end, entries,
+            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, start_n,
             seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod, C,
         )  # fmt: skip
 
@@ -462,7 +463,7 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
     release(k_empty.index(n % STAGES_K))
     pass_v(passed, n - passed, bars, C)
     start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = fields
-    first, middle, begin, inner, full, end, entries = walk
+    first, middle, begin, inner, full, end, entries, start_n = walk
     if is_fused(ScoreMods):
         scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
     while start_m >= 0:
@@ -473,7 +474,7 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
             start_m, seqlen_q, seqlen_k, ScoreMods, MaskMod, LAYOUT_S, C
         )
         m_i, p, l_i, acc = first_weights(
-            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end, entries,
+            s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, start_n,
             seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod, C,
         )  # fmt: skip
         if not SHARED:
@@ -485,9 +486,9 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
 
         # Opaque, as what a loop carries is lost where it only bounds a loop inside (Triton 3.6).
         for i in range(1, opaque(end - begin)):
-            start_n, edge = block_at(end - 1 - i, inner, full, entries, window_left, C)
+            row_n, edge = block_at(end - 1 - i, inner, full, entries, window_left, C)
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
-                                    scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
+                                    scale_log2, batch, head, q_idx, row_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                                     LAYOUT_S, W, C)  # fmt: skip
             n += 1
@@ -519,7 +520,7 @@ def consume_ahead(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLis
               seqlen_q, total_q, sizes[2], v_smem, LAYOUT_S, C)  # fmt: skip
         t += 1
         start_m, batch, head, entry_q, rows_q, seqlen_q, seqlen_k = next_fields
-        first, middle, begin, inner, full, end, entries = walk
+        first, middle, begin, inner, full, end, entries, start_n = walk
         if is_fused(ScoreMods):
             scale_log2, constant = fused_scales(softmax_scale, ScoreMods, batch, head)
         s = warpgroup_mma_wait(0, deps=(s_next,))
@@ -565,8 +566,8 @@ def begun(shared, BlockLists, sizes, window_left, window_right, t, n, LAYOUT_S: 
 @gluon.jit
 def walked_ahead(BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right,
                  W: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """What `walked` says, with how many blocks to `skip` in place of the tile's last; and how many
-    are later than all of this warpgroup's queries."""
+    """What `walked` says, with how many blocks to `skip` in place of the tile's last, and the first
+    key of the first block; and how many blocks are later than all of this warpgroup's queries."""
     start_w, first, last, begin, inner, full, end, entries = walked(
         BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_left, window_right, W, C
     )
@@ -579,7 +580,8 @@ def walked_ahead(BlockLists, batch, head, start_m, seqlen_q, seqlen_k, window_le
     later = 0
     if start_m >= 0:
         later = last - end
-    return (first, middle, begin, inner, full, end, entries), later
+    start_n, _edge = block_at(end - 1, inner, full, entries, window_left, C)
+    return (first, middle, begin, inner, full, end, entries, start_n), later
 
 
 @gluon.jit
@@ -725,15 +727,12 @@ def queries_of(start_m, seqlen_q, seqlen_k, ScoreMods, MaskMod, LAYOUT_S: gl.con
 
 
 @gluon.jit
-def first_weights(s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, end,
-                  entries, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+def first_weights(s, v_smem, constant, scale_log2, batch, head, q_idx, length_q, length_k, start_n,
+                  seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
                   C: gl.constexpr):  # fmt: skip
     """The softmax of a tile's first block: the state that `step` goes on with."""
     m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
     s = signed(s, C.scale_sign)
-    start_n = (end - 1) * C.block_n
-    if C.size_k is not None:
-        start_n, _partial = visited(entries, start_n, C.size_k)
     if ScoreMods is not None:
         s = modified(s, constant, batch, head, q_idx, start_n, length_q, length_k, ScoreMods,
                      False, C.base_2)  # fmt: skip
