@@ -21,7 +21,8 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-# What each module may import of ours, lazily or not. A kernel version may also import itself.
+# What each module may import of ours, lazily or not. A kernel version may also import itself, and
+# the tuning that is its own.
 _KERNELS = {
     "triflash.kernels.common", "triflash.tuning", "triflash.target", "triflash.spec",
     "triflash.mods",
@@ -37,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "triflash.dropout": set(),
     "triflash.target": set(),
     "triflash.mods": {"triflash.spec", "triflash.dropout"},
-    "triflash.tuning": {"triflash.spec", "triflash.target", "triflash.mods"},
+    "triflash.tuning": {"triflash.spec", "triflash.target"},
+    "triflash.tuning_v3": {"triflash.tuning", "triflash.spec", "triflash.target", "triflash.mods"},
     "triflash.reference": {"triflash.spec", "triflash.mods", "triflash.dropout"},
     "triflash.block_mask": {
         "triflash.spec", "triflash.mods", "triflash.target", "triflash.reference",
@@ -75,7 +77,9 @@ def allowed(module: str) -> set[str] | None:
     parts = module.split(".")
     if parts[:2] == ["triflash", "kernels"] and len(parts) > 2:
         version = ".".join(parts[:3])
-        return {version} if version == "triflash.kernels.common" else {version, *_KERNELS}
+        if version == "triflash.kernels.common":
+            return {version}
+        return {version, f"triflash.tuning_{parts[2]}", *_KERNELS}
     assert module in ALLOWED, f"{module} is new: say in test_architecture.py what it may import"
     return ALLOWED[module]
 

@@ -29,7 +29,7 @@ from helpers import (
 )
 from triton import knobs
 
-from triflash import attention, flash_attn_varlen_func, mods, registry, tuning
+from triflash import attention, flash_attn_varlen_func, mods, registry, tuning_v3
 from triflash.bench.variant_mods import SOFT_SIGN
 from triflash.spec import (
     FEATURES,
@@ -401,7 +401,7 @@ def instructions(config, q: list[int], k: list[int], v: list[int], backward: boo
         # overlap, q k^T also before the first tile.
         scores, values = sum(config.widths) // 16, len(config.widths_v) * k[-2] // 16
         return config.consumers * ((2 + config.overlap) * scores + 2 * values)
-    parts, parts_v = (len(tuning.v3_widths(x)) for x in (config.width, config.width_v))
+    parts, parts_v = (len(tuning_v3.widths_of(x)) for x in (config.width, config.width_v))
     if config.wide:
         # q k^T, once more where it is ahead, and dout v^T; dv and dk in parts of 128 columns at
         # most; dq in parts of 64, or the last in halves.
@@ -460,8 +460,8 @@ OVERLAPS = {
 @contextmanager
 def overlapping(**fields):
     """v3's forward with these fields of its configuration."""
-    tuned = tuning.v3_forward
-    with mock.patch.object(tuning, "v3_forward", lambda *a: replace(tuned(*a), **fields)):
+    tuned = tuning_v3.forward
+    with mock.patch.object(tuning_v3, "forward", lambda *a: replace(tuned(*a), **fields)):
         yield
 
 
@@ -725,7 +725,7 @@ def test_auto_takes_it_for_packed_sequences_long_enough_on_average(lengths, head
 
 def test_which_scores_need_no_maximum():
     def bounded(dtype: torch.dtype = BF16, **options) -> bool:
-        return tuning.v3_forward(Case(dtype=dtype, **options).spec(), HOPPER).bounded
+        return tuning_v3.forward(Case(dtype=dtype, **options).spec(), HOPPER).bounded
 
     assert bounded(softcap=50.0)
     assert bounded(score_mod=SOFT_SIGN, make_aux=lambda *_: (20.0,))
@@ -926,7 +926,7 @@ def test_programs_share_out_heads_where_tiles_are_few():
         batch: int, nheads_k: int, causal: bool, seqlen: int = 4096, nheads: int = 16
     ) -> int:
         case = Case(batch, seqlen, seqlen, nheads, nheads_k, 128, dtype=BF16, causal=causal)
-        return tuning.v3_backward(case.spec(), HOPPER).splits
+        return tuning_v3.backward(case.spec(), HOPPER).splits
 
     assert splits(4, 1, False) == 1  # 128 programs of one length for 132 multiprocessors
     assert splits(4, 1, True) == 4  # the longest is twice the mean
@@ -948,7 +948,7 @@ def test_heads_of_a_group_in_one_program_and_shared_out(
     )  # fmt: skip
     skip_unsupported(case, "v3", device)
     # Remembered launches are forgotten by `tuned`, before and behind.
-    monkeypatch.setattr(tuning, "_splits", lambda *_: splits)
+    monkeypatch.setattr(tuning_v3, "_splits", lambda *_: splits)
     tuned.of_target(target_of(device))
     assert_within_budget(case, check_case(case, "v3", device))
 
@@ -991,7 +991,7 @@ def test_tiles_of_heads_in_sections(kind, headdim, device, tuned, monkeypatch):
     case = _sectioned(kind, headdim)
     skip_unsupported(case, "v3", device)
     # Remembered launches are forgotten by `tuned`, before and behind.
-    monkeypatch.setattr(tuning, "v3_section", lambda *_: 2)
+    monkeypatch.setattr(tuning_v3, "backward_section", lambda *_: 2)
     tuned.of_target(target_of(device))
     assert_within_budget(case, check_case(case, "v3", device))
 
@@ -1016,9 +1016,9 @@ def test_tiles_of_packed_heads_in_sections(device, monkeypatch):
         )
         return torch.autograd.grad(out, tensors, torch.ones_like(q))
 
-    monkeypatch.setattr(tuning, "v3_section", lambda *_: None)
+    monkeypatch.setattr(tuning_v3, "backward_section", lambda *_: None)
     expected = gradients()
-    monkeypatch.setattr(tuning, "v3_section", lambda *_: 2)
+    monkeypatch.setattr(tuning_v3, "backward_section", lambda *_: 2)
     dq, dk, dv = gradients()
     monkeypatch.undo()
     forget_prepared_launches()
@@ -1032,7 +1032,7 @@ def test_sections_give_every_multiprocessor_a_tile():
     def section(seqlen: int, **options) -> int | None:
         case = Case(1, seqlen, seqlen, 16, 16, 128, dtype=BF16, **{"causal": True, **options})
         spec = case.spec()
-        return tuning.v3_section(spec, HOPPER, tuning.v3_backward(spec, HOPPER))
+        return tuning_v3.backward_section(spec, HOPPER, tuning_v3.backward(spec, HOPPER))
 
     assert [section(n) for n in (1024, 4096, 8192, 16384, 65536)] == [16, 4, 2, 1, 1]
     assert section(8192, causal=False) is None
@@ -1052,7 +1052,7 @@ def test_sections_give_every_multiprocessor_a_tile():
 def test_windows_take_three_warpgroups(change, chosen):
     options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
     spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
-    config = tuning.v3_forward(spec, HOPPER)
+    config = tuning_v3.forward(spec, HOPPER)
     assert (config.consumers, config.block_n) == chosen
 
 

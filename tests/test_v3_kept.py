@@ -10,7 +10,7 @@ import test_v3
 import torch
 from helpers import assert_within_budget, forget_prepared_launches
 
-from triflash import attention, flash_attn_varlen_func, tuning
+from triflash import attention, flash_attn_varlen_func, tuning_v3
 from triflash.kernels.v3.counters import counter_for
 from triflash.target import Target
 from triflash.testing import Case, compare, make_inputs, run_case
@@ -22,7 +22,7 @@ HOPPER = Target("cuda", "sm_90", 132)
 @pytest.fixture
 def kept(monkeypatch):
     """Calls too small to pay keep it too."""
-    monkeypatch.setattr(tuning, "v3_keeps", lambda spec: spec.dtype == BF16)
+    monkeypatch.setattr(tuning_v3, "keeps", lambda spec: spec.dtype == BF16)
     forget_prepared_launches()
     yield
     forget_prepared_launches()
@@ -33,7 +33,7 @@ def memory_of_counter(device: torch.device) -> torch.Tensor:
 
 
 def machine_code(call: dict) -> list[dict]:
-    with mock.patch.object(tuning, "v3_keeps", return_value=True):
+    with mock.patch.object(tuning_v3, "keeps", return_value=True):
         return test_v3.compile_all(call)
 
 
@@ -52,7 +52,7 @@ def test_which_calls_keep_a_maximum():
         large = {"batch": 16, "nheads": 16, "nheads_k": 16, "headdim": 128, "dtype": BF16}
         long = {"seqlen_q": 4096, "seqlen_k": 4096}
         options = large | long | options
-        return tuning.v3_forward(Case(**options).spec(), HOPPER).kept
+        return tuning_v3.forward(Case(**options).spec(), HOPPER).kept
 
     assert keeps()
     assert keeps(causal=True)
@@ -68,7 +68,7 @@ def test_which_calls_keep_a_maximum():
 
 def test_which_rows_see_a_key_of_their_first_block():
     def seen(call: dict) -> bool:
-        with mock.patch.object(tuning, "v3_keeps", return_value=True):
+        with mock.patch.object(tuning_v3, "keeps", return_value=True):
             launches = test_v3.launches_of(HOPPER, False, **call)
         return any(getattr(c, "behind", False) for x in launches for c in x.constexprs)
 
@@ -136,7 +136,7 @@ def test_any_growth_of_packed_sequences(causal, device, kept, monkeypatch):
         k[1010:1012] *= steep
         out = packed()
         with monkeypatch.context() as exactly:
-            exactly.setattr(tuning, "v3_keeps", lambda spec: False)
+            exactly.setattr(tuning_v3, "keeps", lambda spec: False)
             torch.testing.assert_close(out, packed(), atol=2e-2, rtol=2e-2)
         assert not memory_of_counter(device).any()
 

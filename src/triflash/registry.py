@@ -167,7 +167,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         headdim_multiple=8,  # rows of 16 bytes, for TMA
         block_multiple=128,  # two warpgroups of 64 queries, or of 64 keys
         needs_tma=True,
-        pays="triflash.tuning:v3_pays",
+        pays="triflash.tuning_v3:pays",
         writes_gradients=True,
     ),
     Implementation(

@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triflash import mods, tuning
+from triflash import mods, tuning_v3
 from triflash.kernels.common.launch import (
     Launch,
     aligned,
@@ -100,6 +100,7 @@ from triflash.kernels.v3.tma import (
 )
 from triflash.spec import NOT_PACKED, AttentionSpec, Features, Sequences
 from triflash.target import Target, target_of
+from triflash.tuning import block_d
 
 CONSUMERS = gl.constexpr(2)
 DS_STAGES = gl.constexpr(2)  # blocks of ds; with one the warpgroups would meet twice a step
@@ -595,9 +596,9 @@ def _prepare(
     names_of_sums: tuple[str, ...],
     given: tuple[bool, ...],
 ) -> Plan:
-    config = tuning.v3_backward(spec, target)
+    config = tuning_v3.backward(spec, target)
     block_m, block_n = config.block_m, config.block_n
-    widths, widths_v = tuning.v3_widths(config.width), tuning.v3_widths(config.width_v)
+    widths, widths_v = tuning_v3.widths_of(config.width), tuning_v3.widths_of(config.width_v)
     widths_dq = (PART.value, PART.value // 2)[
         : 1 + (config.width % PART.value > 0 or config.halves)
     ]
@@ -660,7 +661,7 @@ def _prepare(
 
     views, more_views = views_of(0), views_of(1)
     views.insert(4, flat_view(tiles, 2 * block_m, 1))
-    around = tuning.v3_around_backward(spec, target)
+    around = tuning_v3.around_backward(spec, target)
     before = Launch(
         before_kernel,
         tiles,
@@ -669,7 +670,7 @@ def _prepare(
             spec.headdim_v,
             block_m,
             config.width,
-            tuning.block_d(config.width_v),
+            block_d(config.width_v),
             aligned_dlse is not False,
             rows,
             not config.whole_heads,
@@ -681,7 +682,7 @@ def _prepare(
         programs,
         (spec.softmax_scale, spec.nheads, nheads_k, spec.nheads // nheads_k, spec.seqlen_q,
          spec.seqlen_k, spec.features.window_left, spec.features.window_right,
-         tiles_k, tuning.v3_section(spec, target, config)),
+         tiles_k, tuning_v3.backward_section(spec, target, config)),
         (
             Schedule(
                 block_m=block_m,

@@ -39,7 +39,7 @@ from triflash.kernels.v3.tma import (
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a kernel is compiled for; fields of tuning.HopperBackwardConfig mean the same here."""
+    """What a kernel is compiled for; fields of tuning_v3.HopperBackwardConfig mean the same."""
 
     block_m: int
     block_n: int

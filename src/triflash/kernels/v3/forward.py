@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triflash import mods, tuning
+from triflash import mods, tuning_v3
 from triflash.kernels.common.blocks import block_list, visited
 from triflash.kernels.common.launch import Launch, kinds, strides_of
 from triflash.kernels.common.mask import key_begin, key_range, visible
@@ -53,7 +53,7 @@ from triflash.target import Target, target_of
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a kernel is compiled for; the fields that tuning.HopperConfig has too mean the same."""
+    """What a kernel is compiled for; fields that tuning_v3.HopperConfig has too mean the same."""
 
     block_n: int
     stages: int
@@ -1254,7 +1254,7 @@ def _prepare(
     self_attention: bool,
 ) -> tuple[Launch, Launch | None, Launch | None]:
     """The launch, that behind it where a maximum is kept, and that of packed sequences' list."""
-    config = tuning.v3_forward(spec, target)
+    config = tuning_v3.forward(spec, target)
     block_m = ROWS.value * config.consumers
     packed = spec.varlen is not None
     if packed:
@@ -1325,7 +1325,7 @@ def _prepare(
     scalars = (spec.softmax_scale, tiles, tiles_m, spec.nheads, heads, spec.group_size,
                min(config.section, heads), spec.seqlen_q, spec.seqlen_k,
                spec.features.window_left, spec.features.window_right)  # fmt: skip
-    arrange = partial(_arguments, spec, tuning.v3_fuses(spec))
+    arrange = partial(_arguments, spec, tuning_v3.fuses(spec))
     launch, behind = (
         Launch(forward_kernel, programs, scalars, (of,), config, views, arrange)
         for of in (schedule, replace(schedule, kept=False, behind=True, overlap=False))
