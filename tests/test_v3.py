@@ -1057,6 +1057,48 @@ def test_windows_take_three_warpgroups(change, chosen):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in OVERLAPS if name != "packed"])
+def test_tiles_that_overlap(name, device):
+    """Many tiles a program, tiles of one block, rows past the end, rows without keys."""
+    import test_mods
+
+    call, fields = OVERLAPS[name]
+    options = dict(test_mods.FEATURED.get(call.get("feature"), {}))
+    options |= {"causal": call.get("causal", options.get("causal", False))}
+    options |= {"dtype": call.get("dtype", BF16), "headdim": call["headdim"]}
+    for sizes in ((40, 300, 300), (2, 1100, 1000), (2, 130, 900), (40, 64, 64)):
+        case = Case(*sizes, 8, 4, **options)
+        skip_unsupported(case, "v3", device)
+        forget_prepared_launches()
+        with overlapping(**fields):
+            assert_within_budget(case, check_case(case, "v3", device))
+    forget_prepared_launches()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [IN_REGISTERS, FROM_SHARED], ids=["registers", "shared"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_tiles_that_overlap(fields, causal, device):
+    lengths = [700, 0, 130, 900, 64, 1, 65] * 8
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    q, k, v = (torch.randn(sum(lengths), 4, 128, device=device, dtype=BF16) for _ in range(3))
+    reason = registry.get("v3").supports(Case(dtype=BF16).spec(), target_of(device))
+    if reason is not None:
+        pytest.skip(reason)
+
+    def packed() -> torch.Tensor:
+        forget_prepared_launches()
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, 900, 900, causal=causal, implementation="v3"
+        )
+
+    expected = packed()
+    with overlapping(**fields):
+        assert torch.equal(packed(), expected)
+    forget_prepared_launches()
+
+
+@pytest.mark.gpu
 def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
     """Nothing that outlives the call may be allocated in the graph's pool."""
     reason = registry.get("v3").supports(Case(dtype=BF16, causal=True).spec(), target_of(device))
