@@ -19,6 +19,11 @@ and stores dq, and sums are a program's own; nothing is zeroed and there is no k
 Where tiles of keys are few and heads share them (tuning), `splits` programs share out a group's
 heads. Each stores its part of dk and dv, in their dtype, and the parts are summed in float32.
 
+Causal windows are the same without that walk. Programs start with the last keys of a head, and all
+walk from the first query on that sees theirs, so on a tile of queries those of later keys are ahead
+of those of earlier ones. They add to it in this order, which nobody has to wait for: the first
+stores, the last adds the sums and stores dq.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
 64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
@@ -141,19 +146,22 @@ def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
+def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr, ORDERED: gl.constexpr = False):
     """Part W of dq to the warp that adds it."""
-    mbarrier.wait(dq_empty.index(W), i & 1)
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
 
 @gluon.jit
-def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
-    """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr,
+           ORDERED: gl.constexpr = False):  # fmt: skip
+    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it."""
     HALF: gl.constexpr = dq.shape[1] < PART
-    mbarrier.wait(dq_empty.index(W), i & 1)
+    if not ORDERED:
+        mbarrier.wait(dq_empty.index(W), i & 1)
     buffer = buffer_of(dq_smem, W, dq.shape[1])
     dq = pack(dq)
     if begun:
@@ -204,7 +212,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
-     done) = shared  # fmt: skip
+     done, modes) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
@@ -364,6 +372,13 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
                 finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        elif C.ordered:
+            mbarrier.wait(dq_empty.index(W), i & 1)
+            mode = gl.max(modes.index(W).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            if mode > 0:
+                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W, True)
+            else:
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W, True)
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = finished(dk)
@@ -431,9 +446,14 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
+    modes = dq_full  # stands for nothing: a tuple with a name cannot hold None
+    if C.ordered:
+        modes = gl.allocate_shared_memory(
+            gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
-              dq_empty, done)  # fmt: skip
+              dq_empty, done, modes)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
@@ -495,7 +515,7 @@ def backward(
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k * plan.splits
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
-    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    turn = q.new_zeros(tiles, dtype=torch.int32) if plan.takes_turns else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
@@ -575,6 +595,7 @@ class Plan:
     block_m: int
     block_n: int
     splits: int
+    takes_turns: bool
 
 
 @lru_cache(maxsize=4096)
@@ -660,6 +681,8 @@ def _prepare(
 
     views, more_views = views_of(0), views_of(1)
     views.insert(4, flat_view(tiles, 2 * block_m, 1))
+    finishes = config.whole_heads or config.ordered
+    takes_turns = config.ordered or (spec.deterministic and not config.whole_heads)
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -672,7 +695,7 @@ def _prepare(
             tuning.block_d(config.width_v),
             aligned_dlse is not False,
             rows,
-            not config.whole_heads,
+            not finishes,
         ),
         around,
     )
@@ -704,7 +727,7 @@ def _prepare(
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
                 gqa=spec.nheads > nheads_k,
-                deterministic=spec.deterministic and not config.whole_heads,
+                deterministic=takes_turns and not config.ordered,
                 packed=packed,
                 inside=inside,
                 scatter=bool(names_of_sums),
@@ -713,6 +736,7 @@ def _prepare(
                 size_k=size_k,
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
+                ordered=config.ordered,
                 kv_stages=config.kv_stages,
                 splits=config.splits,
             ),
@@ -731,6 +755,6 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    finish = None if config.whole_heads else after
+    finish = None if finishes else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums,
-                parts_of_sums, block_m, block_n, config.splits)  # fmt: skip
+                parts_of_sums, block_m, block_n, config.splits, takes_turns)  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
-from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.varlen import PACKED, lse_offset
@@ -33,6 +33,7 @@ from triflash.kernels.v3.tma import (
     reinterpret,
     store,
     store_parts,
+    thread_barrier,
     wait_for_reductions,
 )
 
@@ -70,6 +71,7 @@ class Schedule:
     size_k: int | None
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
+    ordered: bool  # programs finish dq, see `turn_of`
     kv_stages: int
     splits: int  # of nheads_k that the kernel is told, so many have the same keys
 
@@ -340,6 +342,8 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
         tile_n, row = place_of(pid, tiles_n, tiles // tiles_n, section)
+        if C.ordered:
+            tile_n = tiles_n - 1 - tile_n
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -531,7 +535,7 @@ def producer(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, Blo
 def produce(shared, Q, K, V, dOut, Stats, sizes, window_left, window_right, BlockLists, pid,
             before, step, C: gl.constexpr):  # fmt: skip
     """The producer's tile pid, behind `before` others and `step` steps; returns those behind it."""
-    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _ = shared
+    k_smem, v_smem, q_smem, do_smem, stats_smem, _, _, bars, _, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty, kv_empty = bars
     group_size = sizes[2]
     tile_n, batch, head_k, start, _full, blocks, places = locate(
@@ -621,6 +625,35 @@ def bring(Sums, place, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl
 
 
 @gluon.jit
+def turn_of(tile_n, start_m, seqlen_q, seqlen_k, window_left, C: gl.constexpr):
+    """How many programs add to a tile of dq before that of tile_n, and whether none does after it.
+
+    Those of later keys come first. They start first and are ahead: all walk from the first query on
+    that sees their keys, so nobody waits.
+    """
+    _full, end = key_range(start_m, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal)
+    begin, _full = key_begin(start_m, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+    return gl.cdiv(end, C.block_n) - 1 - tile_n, tile_n == begin // C.block_n
+
+
+@gluon.jit
+def say(modes, w: gl.constexpr, mode):
+    """What is to be done with part w of dq: 0 hand it on, 1 round it, 2 add the sums first."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    modes.index(w).store(gl.full([1], mode, gl.int32, ONE))
+    thread_barrier()
+
+
+@gluon.jit
+def pass_on(Turn, row):
+    """To the next program a tile of dq to which everything of this one has been added."""
+    wait_for_reductions()
+    fence_async_global()
+    if row >= 0:
+        gl.atomic_add(Turn + row, 1, sem="release")
+
+
+@gluon.jit
 def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, window_right,
         BlockLists, pid, before, step, C: gl.constexpr):  # fmt: skip
     """The adder's tile pid, as in `produce`."""
@@ -635,6 +668,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
     final = last_visit(tile_n, seqlen_q, seqlen_k, C)
+    if C.ordered:
+        gl.static_assert(PARTS == DQ_BUFFERS and units_before(C, 0, PARTS) == PARTS)
+        before_row = -1
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
             mbarrier.arrive(dq_empty.index(w), count=1)
@@ -664,7 +700,41 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                     pass
                 fence_async_global()
-        for r in gl.static_range(ROUNDS):
+        if C.ordered:
+            place = row * PARTS
+            turn, ends = turn_of(tile_n, start_m, seqlen_q, seqlen_k, window_left, C)
+            filled = ends & (turn > 0)
+            if not filled:
+                for w in gl.static_range(DQ_BUFFERS):
+                    tma.store_wait(DQ_BUFFERS - 1 - w)
+                    say(shared[11], w, ends.to(gl.int32))
+                    mbarrier.arrive(dq_empty.index(w), count=1)
+            # Waits for others while what this one added last is under way to memory; nobody whom it
+            # waits for waits for that.
+            if turn > 0:
+                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+                    pass
+                fence_async_global()
+            pass_on(Turn, before_row)
+            before_row = row
+            if filled:
+                for w in gl.static_range(DQ_BUFFERS):
+                    say(shared[11], w, 2)
+                    lend(Sums, place + w, dq_smem, dq_empty, True, w, w, C)
+            for w in gl.static_range(DQ_BUFFERS):
+                mbarrier.wait(dq_full.index(w), (step + i) & 1)
+                if ends:
+                    store(dQ[0], places[0], head, start_m + w // columns_of(C) * PART, seqlen_q,
+                          rounded(dq_smem, w, dQ[0]), column_of(C, w))  # fmt: skip
+                elif turn > 0:
+                    reduce_add(
+                        Sums[0], [(place + w) * rows_of_unit(C), 0], buffer_of(dq_smem, w, PART)
+                    )
+                else:
+                    async_store(
+                        Sums[0], [(place + w) * rows_of_unit(C), 0], buffer_of(dq_smem, w, PART)
+                    )
+        for r in gl.static_range(0 if C.ordered else ROUNDS):
             place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
             for w in gl.static_range(DQ_BUFFERS):
                 if r * DQ_BUFFERS + w < PARTS:
@@ -689,6 +759,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 wait_for_reductions()
                 fence_async_global()
                 gl.atomic_add(Turn + row, 1, sem="release")
+    if C.ordered:
+        pass_on(Turn, before_row)
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS
