@@ -468,8 +468,7 @@ def v3_widths(headdim: int) -> tuple[int, ...]:
 def v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
     """v3's backward, on sm_90 alone. Measured at 512, 1024, 4096 and 16384."""
     config = _v3_backward(spec, target)
-    splits = _splits(spec, target, config)
-    return replace(config, splits=splits, ordered=config.ordered and splits == 1)
+    return replace(config, splits=_splits(spec, target, config))
 
 
 def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
@@ -540,11 +539,13 @@ def _v3_backward(spec: AttentionSpec, target: Target) -> HopperBackwardConfig:
         return HopperBackwardConfig(
             64, 128, width, width_v, 2, 2, late_dv=True, programs=target.num_sms, whole_heads=True
         )
-    if d <= 128 and _finishes_windows(spec):
-        # Measured, ms at 8192, window 1024: 0.788 against 0.832 with a kernel behind; 0.787 without
-        # fold, 0.868 with late_dv, which spills twice as much. Sections and programs that walk
-        # several tiles are 2 to 8% slower: then less of what neighbours read stays in L2.
-        return HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, ordered=True)
+    if width == width_v == 128 and _finishes_windows(spec):
+        # Measured, ms at 8192, window 1024: 0.799, without fold 0.818, with a kernel before and one
+        # behind 0.840. Sections, and programs that walk several tiles, are 2 to 8% slower: then
+        # less of what neighbours read stays in L2.
+        ordered = HopperBackwardConfig(64, 128, 128, 128, 2, 2, late_dp=True, ordered=True)
+        if _splits(spec, target, ordered) == 1:
+            return ordered
     if d <= 128:
         # Measured: late_dv 428, 552 and 576 against 428, 512 and 558 full; 315, 466 and 547 against
         # 306, 464 and 548 causal. Without fold, and with lag, up to 3% slower. 128 queries a step
@@ -598,19 +599,19 @@ def _walks_whole_heads(spec: AttentionSpec, target: Target) -> bool:
 
 
 def _finishes_windows(spec: AttentionSpec) -> bool:
-    """Whether programs of v3's backward are ordered.
+    """Whether programs of v3's backward finish dq, each tile in the order of its keys, last first.
 
-    Where a window is all there is, and every query sees a key: no other program stores its dq.
-    Measured at 8192, ms: a window of 256 0.379 against 0.428, of 4096 2.084 against 2.065; at 2048,
-    of 256, 0.363 and 0.419.
+    Where a causal window is all there is, and every query sees a key: no other program stores its
+    dq. Measured at 8192, ms: a window of 256 0.379 against 0.428, of 4096 2.084 against 2.065; at
+    2048, of 256, 0.363 and 0.419.
     """
     features = spec.features
     return (
-        features.uses == ("window",)
+        _widest(spec) <= 128
+        and _in_the_loop(spec) == ("window",)
+        and spec.causal
         and features.window_left is not None
         and features.window_left <= 1024
-        and spec.headdim > 96
-        and spec.causal
         and spec.varlen is None
         and spec.seqlen_q <= spec.seqlen_k
     )

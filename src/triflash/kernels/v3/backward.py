@@ -19,15 +19,15 @@ and stores dq, and sums are a program's own; nothing is zeroed and there is no k
 Where tiles of keys are few and heads share them (tuning), `splits` programs share out a group's
 heads. Each stores its part of dk and dv, in their dtype, and the parts are summed in float32.
 
-Causal windows are the same without that walk. Programs start with the last keys of a head, and all
-walk from the first query on that sees theirs, so on a tile of queries those of later keys are ahead
-of those of earlier ones. They add to it in this order, which nobody has to wait for: the first
-stores, the last adds the sums and stores dq.
+With causal windows (tuning) programs of one tile finish dq, too. Those of a head's last keys come
+first, and each walks from the first query on that sees its keys: on a tile of queries those of
+later keys are ahead. They take turns in this order, for which nobody has to wait: the first stores
+its dq, the last adds the sums to its own and stores dq.
 
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
 64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
-deterministic=True programs add to a tile of dq in the order of their keys.
+deterministic=True programs add to a tile of dq in the order of their keys. Turns: a number a tile.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,7 @@ from triflash.kernels.v3.backward_shared import (
     buffer_of,
     columns_of,
     edges,
+    end_of_earlier,
     head_of,
     last_visit,
     listed,
@@ -96,6 +97,7 @@ from triflash.kernels.v3.tma import (
     barriers,
     flat_view,
     meet,
+    opaque,
     parts,
     ragged_view,
     rings,
@@ -146,28 +148,29 @@ def start_dq(ds_smem, k_smem, slot, kv, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr, ORDERED: gl.constexpr = False):
+def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
     """Part W of dq to the warp that adds it."""
-    if not ORDERED:
-        mbarrier.wait(dq_empty.index(W), i & 1)
+    mbarrier.wait(dq_empty.index(W), i & 1)
     buffer_of(dq_smem, W, dq.shape[1]).store(pack(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
 
 @gluon.jit
-def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr,
-           ORDERED: gl.constexpr = False):  # fmt: skip
-    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it."""
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, at, W: gl.constexpr):
+    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it.
+
+    Buffer `at` is W. If that is not known when this is compiled, addresses are computed here; else
+    they are kept in registers through the loop.
+    """
     HALF: gl.constexpr = dq.shape[1] < PART
-    if not ORDERED:
-        mbarrier.wait(dq_empty.index(W), i & 1)
-    buffer = buffer_of(dq_smem, W, dq.shape[1])
+    mbarrier.wait(dq_empty.index(W), i & 1)
+    buffer = buffer_of(dq_smem, at, dq.shape[1])
     dq = pack(dq)
     if begun:
         dq += buffer.load(dq.type.layout)
     dq = unpack((dq * softmax_scale).to(dQ[HALF].dtype))
-    rounded(dq_smem, W, dQ[HALF]).store(gl.reshape(dq, dQ[HALF].block_type.shape))
+    rounded(dq_smem, at, dQ[HALF]).store(gl.reshape(dq, dQ[HALF].block_type.shape))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
@@ -212,7 +215,7 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
     BLOCK_M: gl.constexpr = C.block_m
     STAGES: gl.constexpr = C.stages
     (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full, dq_empty,
-     done, modes) = shared  # fmt: skip
+     done) = shared  # fmt: skip
     ds_smem, ds_full, ds_empty = ds_ring
     k_full, v_full, q_full, q_empty, do_full, do_empty, _kv_empty = bars
     group_size = sizes[2]
@@ -238,6 +241,9 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         keys = 0
     edge = edges(start, full, C)
     final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
+    if C.ordered:
+        ending = end_of_earlier(tile_n, seqlen_q, seqlen_k, window_left, C)
+        ending = gl.cdiv(ending - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     if C.persistent and not C.gqa:
@@ -369,16 +375,14 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             has_read(ds_empty.index(i % DS_STAGES), C)
         if C.whole_heads:
             if m < final:
-                finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
+                finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W, W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         elif C.ordered:
-            mbarrier.wait(dq_empty.index(W), i & 1)
-            mode = gl.max(modes.index(W).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-            if mode > 0:
-                finish(dq, dq_smem, dq_full, dq_empty, i, mode > 1, softmax_scale, dQ, W, True)
+            if m >= ending:
+                finish(dq, dq_smem, dq_full, dq_empty, i, True, softmax_scale, dQ, opaque(W), W)
             else:
-                hand_on(dq, dq_smem, dq_full, dq_empty, i, W, True)
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         else:
             hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         dk = finished(dk)
@@ -446,14 +450,9 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     dq_full = barriers(CONSUMERS, 1)
     dq_empty = barriers(CONSUMERS, 1)
     done = barriers(C.kv_stages, CONSUMERS)
-    modes = dq_full  # stands for nothing: a tuple with a name cannot hold None
-    if C.ordered:
-        modes = gl.allocate_shared_memory(
-            gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, ds_ring, dq_smem, bars, dq_full,
-              dq_empty, done, modes)  # fmt: skip
+              dq_empty, done)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
@@ -595,7 +594,7 @@ class Plan:
     block_m: int
     block_n: int
     splits: int
-    takes_turns: bool
+    takes_turns: bool  # to add to a tile of dq
 
 
 @lru_cache(maxsize=4096)
@@ -682,7 +681,7 @@ def _prepare(
     views, more_views = views_of(0), views_of(1)
     views.insert(4, flat_view(tiles, 2 * block_m, 1))
     finishes = config.whole_heads or config.ordered
-    takes_turns = config.ordered or (spec.deterministic and not config.whole_heads)
+    deterministic = spec.deterministic and not finishes
     around = tuning.v3_around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -727,7 +726,7 @@ def _prepare(
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
                 gqa=spec.nheads > nheads_k,
-                deterministic=takes_turns and not config.ordered,
+                deterministic=deterministic,
                 packed=packed,
                 inside=inside,
                 scatter=bool(names_of_sums),
@@ -757,4 +756,5 @@ def _prepare(
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
     finish = None if finishes else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums,
-                parts_of_sums, block_m, block_n, config.splits, takes_turns)  # fmt: skip
+                parts_of_sums, block_m, block_n, config.splits,
+                config.ordered or deterministic)  # fmt: skip

@@ -52,7 +52,7 @@ def scores(shared, softmax_scale, sizes, window_left, window_right, ScoreMods, M
            BlockLists, C: gl.constexpr):  # fmt: skip
     """The warpgroup that makes p and ds."""
     BLOCK_M: gl.constexpr = C.block_m
-    k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _, _ = shared
+    k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, _, bars, _, _, _ = shared
     k_full, v_full, q_full, q_empty, do_full, do_empty, _ = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
@@ -178,7 +178,7 @@ def start_dq(ds, k, PART_COLUMN: gl.constexpr, C: gl.constexpr):
 def gradient(shared, softmax_scale, sizes, window_left, window_right, BlockLists,
              IS_DK: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """A warpgroup that makes dv or dk, and every other part of dq."""
-    k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done, _ = shared
+    k_smem, _, q_smem, do_smem, _, pairs, dq_smem, bars, dq_full, dq_empty, done = shared
     k_full, _, _, q_empty, do_full, do_empty, _ = bars
     p_smem, ds_smem, p_full, p_empty, ds_full, ds_empty = pairs
     group_size = sizes[2]
@@ -278,7 +278,7 @@ def backward_kernel(Q, K, V, dOut, Stats, Sums, dQ, dK, dV, Q1, K1, V1, dOut1, S
     done = barriers(1, 2)
     fence_async_shared()
     shared = (k_smem, v_smem, q_smem, do_smem, stats_smem, pairs, dq_smem, bars, dq_full,
-              dq_empty, done, done)  # fmt: skip
+              dq_empty, done)  # fmt: skip
     sizes = (nheads, nheads_k, group_size, seqlen_q, seqlen_k, Blocks, tiles, section)
     gl.warp_specialize(
         [
