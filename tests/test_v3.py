@@ -255,6 +255,17 @@ BACKWARD_CALLS = {
     "bf16-64-causal-learned bias": {"headdim": 64, "causal": True, "feature": "learned bias"},
     "bf16-64-documents": {"headdim": 64, "feature": "documents"},
     "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
+    "fp16-128-causal-left-gqa-tail-dlse": {
+        "batch": 64,
+        "dtype": FP16,
+        "headdim": 128,
+        "causal": True,
+        "nheads_k": 2,
+        "seqlen": 1000,
+        "seqlen_k": 1100,
+        "dlse": True,
+        "feature": "left",
+    },
     "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
     "bf16-128-both-deterministic": {"headdim": 128, "feature": "both", "deterministic": True},
     "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
@@ -282,6 +293,8 @@ BACKWARD_CALLS = {
 # How often loops touch spilled registers under modifications, whose tiles come on top.
 SPILLS_OF_MODIFICATIONS = {
     "bf16-64-causal-learned bias": 8,
+    "bf16-128-causal-left": 10,
+    "fp16-128-causal-left-gqa-tail-dlse": 13,
     "bf16-128-softcap, alibi, window": 5,
     "bf16-256-causal-softcap": 12,
 }
@@ -996,6 +1009,50 @@ def test_windows_take_three_warpgroups(change, chosen):
     spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
     config = tuning_v3.forward(spec, HOPPER)
     assert (config.consumers, config.block_n) == chosen
+
+
+@pytest.mark.parametrize(
+    ("change", "ordered"),
+    [
+        ({}, True),
+        ({"seqlen_k": 9000, "nheads_k": 4}, True),
+        ({"sinks": torch.float32}, True),
+        ({"nheads_k": 1}, False),  # whose heads are shared out
+        ({"headdim": 96}, False),
+        ({"window_size": (None, 0)}, False),
+        ({"window_size": (4096, 0)}, False),
+        ({"causal": False, "window_size": (1024, 64)}, False),
+        ({"seqlen_k": 8000}, False),
+        ({"softcap": 3.0}, False),
+    ],
+)
+def test_where_programs_finish_dq_of_windows(change, ordered):
+    options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
+    lengths = {"seqlen_q": 8192, "seqlen_k": 8192, "nheads": 16, "nheads_k": 16}
+    spec = Case(2, dtype=BF16, **{**lengths, **options}).spec()
+    assert tuning_v3.backward(spec, HOPPER).ordered == ordered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 63, 64, 100, 300, 700])
+@pytest.mark.parametrize(("lengths", "nheads_k"), [((900, 900), 2), ((500, 1000), 4)])
+def test_windows_whose_programs_finish_dq(window, lengths, nheads_k, device):
+    """Three and a half times as many programs as multiprocessors, or more."""
+    case = Case(
+        30, *lengths, nheads=4, nheads_k=nheads_k, headdim=128, dtype=BF16, causal=True,
+        window_size=(window, 0),
+    )  # fmt: skip
+    skip_unsupported(case, "v3", device)
+    assert tuning_v3.backward(case.spec(), target_of(device)).ordered
+    assert_within_budget(case, check_case(case, "v3", device))
+    inputs = make_inputs(case, device)
+    leaves = tuple(t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+    options = {"causal": True, "window_size": (window, 0), "implementation": "v3"}
+    out = attention(*leaves, **options)
+    first = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
+    for _ in range(10):
+        again = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
