@@ -9,6 +9,7 @@ FLOPs: 4 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Bytes
 once; k and v once for each tile of queries, mostly from L2.
 """
 
+import importlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -989,7 +990,7 @@ def _prepare(
         ((*of_queries, spec.headdim_v), stride_o, ROWS.value, config.widths_v),
     )
     sign = (spec.softmax_scale > 0) - (spec.softmax_scale < 0)
-    base_2 = mods.in_base_2(spec.features)
+    base_2 = mods.in_base_2(spec.features) or _polynomial(spec)
     if spec.features.score_mods and not base_2:  # which scale by themselves
         sign = 1
     size_q, size_k = mods.block_sizes(spec.features)
@@ -1066,13 +1067,27 @@ def _of_one_another(sequences: Sequences) -> bool:
     )
 
 
+VARIANT: str | None = None
+
+
+def _polynomial(spec: AttentionSpec) -> bool:
+    keys = [mod.key for mod in spec.features.score_mods]
+    small = tuning.v3_bounded(spec) and tuning.v3_fuses(spec)
+    return VARIANT is not None and keys == ["softcap"] and small
+
+
 def _arguments(
     spec: AttentionSpec, fused: bool, lse: Any, counter: Any, blocks: Any, *extras: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments behind its descriptors."""
     features = spec.features
     sinks = extras[-1] if features.sinks else None
-    if fused:
+    if _polynomial(spec):
+        module = importlib.import_module("triflash.kernels.common.mods")
+        [(_, values)], mask = mods.for_forward(features, extras)
+        function = getattr(module, f"base_2_softcap_{VARIANT}")
+        modifications = ((function, (*values, spec.softmax_scale)),), mask
+    elif fused:
         modifications = mods.fused_forward(features, extras)
     elif mods.in_base_2(features):
         modifications = mods.base_2_forward(features, extras, spec.softmax_scale)
