@@ -412,6 +412,10 @@ def test_bad_functions():
         mods.score_mod(relative, fused=short)
     with pytest.raises(TypeError, match=r"bound must be a function .*, got float"):
         mods.score_mod(relative, bound=20.0)
+    with pytest.raises(TypeError, match=r"reference must be a function .* of Python, got"):
+        mods.score_mod(relative, reference=relative)
+    with pytest.raises(TypeError, match=r"reference must be a function .* of Python, got str"):
+        mods.mask_mod(document, reference="document")
 
 
 def test_bounds_of_scores():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -134,12 +134,14 @@ def _stream(device: torch.device) -> int:
 
 
 def _kept(key: tuple[Any, ...], extras: tuple[Tensor, ...]) -> _Lists | None:
-    if key not in _made:
+    found = _made.get(key)
+    if found is None:
         return None
-    tensors, lists = _made[key]
+    tensors, lists = found
     if any(ref() is not t for ref, t in zip(tensors, extras, strict=True)):
         return None  # another tensor has the id of one that is gone
-    _made.move_to_end(key)
+    with suppress(KeyError):  # another thread may have put it out by now
+        _made.move_to_end(key)
     return lists
 
 

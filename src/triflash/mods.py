@@ -167,16 +167,16 @@ def score_mod(
             seqlen_k. For v3's forward, so NVIDIA GPUs alone; not where scores are modified twice.
 
     Raises:
-        TypeError: not a `@triton.jit` function, or one with another number of parameters; a bound
-            that cannot be called.
+        TypeError: not a `@triton.jit` function, or one with another number of parameters; a
+            reference or bound that is no function of Python.
     """
     check_function("score_mod", function, "score, b, h, q_idx, kv_idx, aux")
     if derivative is not None:
         check_function("derivative", derivative, "dscore, score, b, h, q_idx, kv_idx, aux")
     if gradient is not None:
         check_function("gradient", gradient, "dscore, score, b, h, q_idx, kv_idx, aux, grads")
-    if bound is not None and not callable(bound):
-        raise TypeError(f"bound must be a function (aux) of Python, got {_shown(bound)}")
+    _check_python("reference", reference, "score, b, h, q_idx, kv_idx, aux")
+    _check_python("bound", bound, "aux")
     if fused is not None:
         check_function("fused", fused, "s, b, h, q_idx, kv_idx, aux")
     mod = ScoreMod(_new_key(function), function, derivative, gradient, reference, bound, fused)
@@ -194,9 +194,11 @@ def mask_mod(function: Any, *, reference: Callable[..., Tensor] | None = None) -
             `(batch, nheads, seqlen_q, seqlen_k)`, for the implementation "reference".
 
     Raises:
-        TypeError: not a `@triton.jit` function, or one with another number of parameters.
+        TypeError: not a `@triton.jit` function, or one with another number of parameters; or
+            reference is one, or no function.
     """
     check_function("mask_mod", function, "b, h, q_idx, kv_idx, aux")
+    _check_python("reference", reference, "b, h, q_idx, kv_idx, aux")
     mod = MaskMod(_new_key(function), function, reference)
     _mods[mod.key] = mod
     return mod
@@ -671,6 +673,16 @@ def check_function(what: str, function: Any, parameters: str) -> None:
     if len(names) != len(parameters.split(",")):
         raise TypeError(
             f"{what} {name_of(function)} must take ({parameters}), got ({', '.join(names)})"
+        )
+
+
+def _check_python(what: str, function: Any, parameters: str) -> None:
+    """The same of what is not given, or a function of Python and not of Triton."""
+    if function is None:
+        return
+    if not callable(function) or type(function).__module__.startswith("triton."):
+        raise TypeError(
+            f"{what} must be a function ({parameters}) of Python, got {_shown(function)}"
         )
 
 
