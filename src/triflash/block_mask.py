@@ -16,7 +16,7 @@ import torch
 
 from triflash import mods, reference
 from triflash.mods import BlockMask, MaskMod
-from triflash.spec import AttentionSpec, Blocks, make_spec
+from triflash.spec import AttentionSpec, Blocks, check_int, make_spec
 from triflash.target import target_of
 
 Tensor = torch.Tensor
@@ -69,9 +69,9 @@ def create_block_mask(
             f"{type(mask_mod).__name__}"
         )
     for name, size in (("batch", batch), ("nheads", nheads)):
-        _check_int(name, 1 if size is None else size, 1)
+        check_int(name, 1 if size is None else size, 1)
     for name, size in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
-        _check_int(name, size, 0)
+        check_int(name, size, 0)
     size_q, size_k = _sizes(block_size)
     blocks = Blocks(size_q, size_k, batch or 1, nheads or 1, seqlen_q, seqlen_k)
     features, extras = mods.features_of(window_size, mask_mod=mask_mod, aux=aux)
@@ -90,13 +90,6 @@ def create_block_mask(
         _keep(key, extras, lists)
     window = spec.features.window_left, spec.features.window_right
     return BlockMask(mask_mod, tuple(aux), spec.causal, window, blocks, *lists, versions)
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:

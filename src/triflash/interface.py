@@ -165,7 +165,7 @@ def _attention(
     if isinstance(q, torch.Tensor) and ops.autocast_enabled(q.device.type):
         q, k, v = ops.cast_for_autocast(q, k, v)
         eager = False  # the operator's own rule turns autocast off inside
-    bases = ops.aligned_bases(q, k, v, eager)
+    bases = ops.aligned_bases(q, k, v) if eager else True
     spec = make_spec(
         q, k, v, softmax_scale, causal, deterministic, allow_tf32, bases, features, extras
     )  # fmt: skip

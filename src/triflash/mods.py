@@ -37,6 +37,7 @@ from triflash.spec import (
     Blocks,
     Features,
     Mod,
+    check_tensors,
     window_of,
 )
 
@@ -308,10 +309,7 @@ def features_of(
     if softcap:
         scores.append(Mod("softcap", (float(softcap),)))
     if alibi_slopes is not None:
-        if not isinstance(alibi_slopes, torch.Tensor):
-            raise TypeError(
-                f"alibi_slopes must be a torch.Tensor, got {type(alibi_slopes).__name__}"
-            )
+        check_tensors(alibi_slopes=alibi_slopes)
         tensors["alibi_slopes"] = alibi_slopes
         of_batch = alibi_slopes.shape[-1] if alibi_slopes.dim() == 2 else 0
         scores.append(Mod("alibi", ("alibi_slopes", of_batch)))
@@ -335,8 +333,7 @@ def features_of(
     named = (("bias", bias), ("dropout_seed", dropout_seed), ("sinks", sinks))
     for name, tensor in named:
         if tensor is not None:
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            check_tensors(**{name: tensor})
             tensors[name] = tensor
     if bias is not None:  # the last, so that -inf in it is no other one's input
         scores.append(Mod("bias", ("bias",)))

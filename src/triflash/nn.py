@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from triflash import ops
 from triflash.interface import attention
-from triflash.spec import check_dense, check_flag
+from triflash.spec import check_flag, check_int, check_tensors
 
 
 class MultiHeadAttention(nn.Module):
@@ -71,10 +71,7 @@ class MultiHeadAttention(nn.Module):
             "vdim": vdim,
         }
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_int(name, size, 1)
         if embed_dim % nheads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of nheads ({nheads})")
         if nheads % nheads_k:
@@ -149,9 +146,7 @@ class MultiHeadAttention(nn.Module):
             ("key", key, self.kdim, "kdim"),
             ("value", value, self.vdim, "vdim"),
         ):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            check_dense(**{name: tensor})
+            check_tensors(**{name: tensor})
             if tensor.dim() != 3 or tensor.shape[-1] != size:
                 raise ValueError(
                     f"{name} must have shape (batch, seqlen, {meaning}={size}), "

@@ -19,7 +19,6 @@ from triflash.spec import (
     NOT_PACKED,
     AttentionSpec,
     Sequences,
-    check_dense,
     features_of_text,
     make_spec,
     make_varlen_spec,
@@ -89,17 +88,27 @@ def run_forward(
         return row.load_forward()(q, k, v, spec, *_given(extras), **_where(sequences))
 
 
+_PLAIN_TYPES = Tensor, torch.nn.Parameter
+
+
 def is_eager(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:
     """Nobody would see or change a call of an operator: no compiler, mode, profiler or subclass.
 
     Then its body does as well, and dispatching and validating again need not be paid for. Only
-    what is optional may be None: a None for q is no tensor yet, and validation has to say so.
+    what is optional may be None: a None for q is no tensor yet, and validation has to say so, as it
+    has to of sparse tensors.
     """
-    given = (*tensors, *(tensor for tensor in optional if tensor is not None))
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in (*tensors, *[t for t in optional if t is not None]):
+        if not (
+            type(tensor) in _PLAIN_TYPES
+            and (tensor.is_cuda or tensor.is_cpu)
+            and tensor.layout is torch.strided
+        ):
+            return False
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cuda or t.is_cpu) for t in given)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
@@ -141,19 +150,8 @@ def _readable(dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]
     return dout, None if dlse is None else dlse.contiguous()
 
 
-def aligned_bases(q: Tensor, k: Tensor, v: Tensor, eager: bool = True) -> bool:
-    """Whether they start at multiples of 16 bytes; True if not eager, as nobody can know.
-
-    Raises:
-        TypeError: one is not dense, and has no one place in memory.
-    """
-    if eager:
-        try:
-            return all(tensor.data_ptr() % 16 == 0 for tensor in (q, k, v))
-        except RuntimeError:  # no memory, so not dense
-            pass
-    check_dense(q=q, k=k, v=v)
-    return True
+def aligned_bases(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def _spec(

@@ -23,8 +23,8 @@ from triflash.spec import (
     NOT_PACKED,
     Features,
     Sequences,
-    check_dense,
     check_flag,
+    check_tensors,
     make_spec,
     make_varlen_spec,
 )
@@ -246,9 +246,7 @@ def _check_shape(name: str, tensor: Tensor, sizes: tuple[str, ...]) -> None:
 
     `sizes` names the dimensions, but for the one of q, k and v, which is a number.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    check_dense(**{name: tensor})
+    check_tensors(**{name: tensor})
     if tensor.dim() != len(sizes) or tensor.shape[-3] != int(sizes[-3]):
         raise ValueError(f"{name} must have shape ({', '.join(sizes)}), got {tuple(tensor.shape)}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -288,7 +286,7 @@ def _results(
         eager = False  # the operator's own rule turns autocast off inside
     *numbers, implementation = options
     q, k, v = ops.split(tensors)
-    rest = (*numbers, ops.aligned_bases(q, k, v, eager), features, extras)
+    rest = (*numbers, ops.aligned_bases(q, k, v) if eager else True, features, extras)
     where = NOT_PACKED
     if given is None:
         spec = make_spec(q, k, v, *rest)

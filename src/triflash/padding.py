@@ -6,6 +6,7 @@ Plain PyTorch, any device, with gradients; the results are those of `flash_attn.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,8 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
             a CPU also an index that is out of range; a GPU reports it as PyTorch does.
     """
     _check_rows("input", input, indices)
-    outside = ValueError(_OUT_OF_RANGE.format(input.shape[0], "of input"))
-    if input.shape[0] == 0 and indices.shape[0] > 0:
-        raise outside
-    try:
-        return input.index_select(0, indices)
-    except IndexError as error:
-        raise outside from error
+    rows = f"{input.shape[0]} rows of input"
+    return _in_range(lambda: input.index_select(0, indices), indices, input.shape[0], rows)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
@@ -133,16 +129,23 @@ def _put_rows(name: str, rows: Tensor, indices: Tensor, n: int) -> Tensor:
             f"{name} must have one row for each of {indices.shape[0]} indices, "
             f"got shape {tuple(rows.shape)}"
         )
-    outside = ValueError(_OUT_OF_RANGE.format(n, "there are to be"))
+
+    def put() -> Tensor:
+        return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, indices, rows)
+
+    return _in_range(put, indices, n, f"{n} rows there are to be")
+
+
+def _in_range(operation: Callable[[], Tensor], indices: Tensor, n: int, rows: str) -> Tensor:
+    """What `operation` gives, whose indices into n rows PyTorch checks: on a GPU by an assertion,
+    and not where there are none."""
+    outside = ValueError(f"indices must be at least 0 and below the {rows}")
     if n == 0 and indices.shape[0] > 0:
         raise outside
     try:
-        return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, indices, rows)
+        return operation()
     except IndexError as error:
         raise outside from error
-
-
-_OUT_OF_RANGE = "indices must be at least 0 and below the {} rows {}"
 
 
 def _check_tensors(**arguments: object) -> None:

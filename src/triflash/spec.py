@@ -322,11 +322,7 @@ def make_spec(
         TypeError: an argument is not a tensor, or a dtype is not floating point or not supported.
         ValueError: ranks, shapes, dtypes, devices or strides that do not fit together.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
-        check_dense(q=q, k=k, v=v)
+    check_tensors(q=q, k=k, v=v)
     spec = _remembered(
         _validate,
         (
@@ -342,12 +338,12 @@ def make_spec(
     return spec
 
 
-def check_dense(**tensors: object) -> None:
-    """Raises TypeError if one of these is a nested or sparse tensor, or has no strides else."""
+def check_tensors(**tensors: object) -> None:
+    """Raises TypeError if one of these is no tensor, or nested, sparse or else without strides."""
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and (
-            tensor.is_nested or tensor.layout != torch.strided
-        ):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
             kind = (
                 "a nested one, whose sequences flash_attn_varlen_func takes packed"
                 if tensor.is_nested
@@ -360,6 +356,14 @@ def check_flag(name: str, flag: object) -> None:
     """Raises TypeError if `flag` is not a bool, but 1, say, or a tensor."""
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be a bool, got {shown(flag)}")
+
+
+def check_int(name: str, value: object, least: int) -> None:
+    """Raises TypeError if `value` is not an int, ValueError if it is less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def shown(value: object) -> str:
@@ -547,9 +551,7 @@ def _check_extras(
     if len(extras) != len(names):
         raise ValueError(f"extras must be the tensors {names}, got {len(extras)} tensors")
     for name, tensor in zip(names, extras, strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        check_dense(**{name: tensor})
+        check_tensors(**{name: tensor})
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
         if name == "bias":
@@ -630,11 +632,10 @@ def make_varlen_spec(
     Raises:
         TypeError, ValueError: as `make_spec`, and for what tells where the sequences are.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v), *sequences._asdict().items()):
-        if not isinstance(tensor, torch.Tensor) and not (
-            tensor is None and name.startswith("seqused")
-        ):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensors(q=q, k=k, v=v)
+    for name, tensor in sequences._asdict().items():
+        if tensor is not None or not name.startswith("seqused"):
+            check_tensors(**{name: tensor})
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
             raise TypeError(
@@ -645,8 +646,6 @@ def make_varlen_spec(
         raise ValueError(
             "block_mask is of padded tensors: packed sequences do not see each other without one"
         )
-    if q.is_nested or k.is_nested or v.is_nested:  # and have no sizes
-        check_dense(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(
