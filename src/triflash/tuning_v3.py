@@ -48,7 +48,6 @@ class HopperConfig:
         bounded: exponentials are relative to 0 instead of a row's largest score.
         kept: exponentials are relative to the largest score of a row's first block, where each row
             has one; another kernel runs behind, for what that is not right for.
-        rolling: the first k and q of a tile are loaded before the last v of the one before it.
         num_warps, num_stages: Triton's options; the warps are those of one consumer.
     """
 
@@ -68,7 +67,6 @@ class HopperConfig:
     alias: bool = False
     bounded: bool = False
     kept: bool = False
-    rolling: bool = False
     num_warps: int = 4
     num_stages: int = 1
 
@@ -286,10 +284,6 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         alias=alias,
         bounded=bounded(spec),
         kept=keeps(spec),
-        # Measured at d128 causal, ms at 8192: documents as a block mask 0.218 against 0.230, packed
-        # 0.206 against 0.216; their tiles are short, and behind a list. Windows -1 to 0%.
-        rolling=total == total_v == 128
-        and (spec.varlen is not None or spec.features.blocks is not None),
     )
 
 
