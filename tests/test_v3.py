@@ -41,7 +41,7 @@ from triflash.spec import (
     make_varlen_spec,
 )
 from triflash.target import Target, target_of
-from triflash.testing import Case, check_case, make_inputs
+from triflash.testing import Case, check_case, compare, make_inputs, run_case
 
 BF16, FP16 = torch.bfloat16, torch.float16
 HOPPER = Target("cuda", "sm_90", 132)
@@ -255,6 +255,16 @@ BACKWARD_CALLS = {
     "bf16-64-causal-learned bias": {"headdim": 64, "causal": True, "feature": "learned bias"},
     "bf16-64-documents": {"headdim": 64, "feature": "documents"},
     "bf16-128-causal-left": {"headdim": 128, "causal": True, "feature": "left"},
+    "fp16-128-causal-left-gqa-tail-dlse": {
+        "batch": 64,
+        "dtype": FP16,
+        "headdim": 128,
+        "causal": True,
+        "nheads_k": 2,
+        "seqlen": 1000,
+        "dlse": True,
+        "feature": "left",
+    },
     "bf16-128-both-tail": {"headdim": 128, "seqlen_k": 1000, "feature": "both"},
     "bf16-128-both-deterministic": {"headdim": 128, "feature": "both", "deterministic": True},
     "bf16-128-causal-softcap": {"headdim": 128, "causal": True, "feature": "softcap"},
@@ -282,6 +292,8 @@ BACKWARD_CALLS = {
 # How often loops touch spilled registers under modifications, whose tiles come on top.
 SPILLS_OF_MODIFICATIONS = {
     "bf16-64-causal-learned bias": 8,
+    "bf16-128-causal-left": 10,
+    "fp16-128-causal-left-gqa-tail-dlse": 10,
     "bf16-128-softcap, alibi, window": 5,
     "bf16-256-causal-softcap": 12,
 }
@@ -996,6 +1008,54 @@ def test_windows_take_three_warpgroups(change, chosen):
     spec = Case(2, 8192, 8192, 16, 16, dtype=BF16, **options).spec()
     config = tuning_v3.forward(spec, HOPPER)
     assert (config.consumers, config.block_n) == chosen
+
+
+@pytest.mark.parametrize(
+    ("change", "ordered"),
+    [
+        ({}, True),
+        ({"window_size": (2048, 0), "nheads_k": 4}, True),
+        ({"sinks": torch.float32}, True),
+        ({"nheads_k": 1}, False),  # whose heads are shared out
+        ({"headdim": 96}, False),
+        ({"window_size": (None, 0)}, False),
+        ({"window_size": (4096, 0)}, False),
+        ({"causal": False, "window_size": (1024, 64)}, False),
+        ({"seqlen_k": 8000}, False),
+        ({"seqlen_k": 9000}, False),
+        ({"softcap": 3.0}, False),
+    ],
+)
+def test_where_programs_finish_dq_of_windows(change, ordered):
+    options = {"headdim": 128, "causal": True, "window_size": (1024, 0), **change}
+    lengths = {"seqlen_q": 8192, "seqlen_k": 8192, "nheads": 16, "nheads_k": 16}
+    spec = Case(2, dtype=BF16, **{**lengths, **options}).spec()
+    assert tuning_v3.backward(spec, HOPPER).ordered == ordered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 63, 64, 100, 300, 700])
+@pytest.mark.parametrize(("seqlen", "nheads_k"), [(900, 2), (1024, 4)])
+def test_windows_whose_programs_finish_dq(window, seqlen, nheads_k, device):
+    """Three and a half times as many programs as multiprocessors, or more, whichever is ahead.
+
+    Two entries, over and over: what float64 needs of memory is theirs, not the batch's.
+    """
+    case = Case(
+        2, seqlen, seqlen, nheads=4, nheads_k=nheads_k, headdim=128, dtype=BF16, causal=True,
+        window_size=(window, 0),
+    )  # fmt: skip
+    many = replace(case, batch=30)
+    skip_unsupported(many, "v3", device)
+    assert tuning_v3.backward(many.spec(), target_of(device)).ordered
+    inputs = make_inputs(case, device)
+    copies = {name: torch.cat([t] * 15) for name, t in inputs.tensors.items()}
+    copies = replace(inputs, **copies)
+    first = {name: t[:2] for name, t in run_case(many, copies, "v3").items()}
+    assert_within_budget(case, compare(case, inputs, first))
+    for _ in range(10):
+        for name, t in run_case(many, copies, "v3").items():
+            assert torch.equal(t, torch.cat([first[name]] * 15)), name
 
 
 @pytest.mark.gpu

@@ -19,10 +19,15 @@ and stores dq, and sums are a program's own; nothing is zeroed and there is no k
 Where tiles of keys are few and heads share them (tuning), `splits` programs share out a group's
 heads. Each stores its part of dk and dv, in their dtype, and the parts are summed in float32.
 
+With causal windows (tuning) programs of one tile finish dq, too. Those of a head's last keys come
+first, and each walks from the first query on that sees its keys: on a tile of queries those of
+later keys are ahead. They take turns in this order, for which nobody has to wait: the first stores
+its dq, the last adds the sums to its own and stores dq.
+
 FLOPs: 10 * seqlen_q * seqlen_k * headdim a head, half of that when causal. Workspace, float32: the
 sums, of dq's size with seqlen_q a multiple of 64 or 128 and headdim what it is filled up to, one of
 64, 96, 128, 192, 256; and 2 numbers a row. Whole heads: sums for the heads that are in flight. With
-deterministic=True programs add to a tile of dq in the order of their keys.
+deterministic=True programs add to a tile of dq in the order of their keys. Turns: a number a tile.
 """
 
 from collections.abc import Callable
@@ -69,6 +74,7 @@ from triflash.kernels.v3.backward_shared import (
     buffer_of,
     columns_of,
     edges,
+    end_of_earlier,
     head_of,
     last_visit,
     listed,
@@ -91,6 +97,7 @@ from triflash.kernels.v3.tma import (
     barriers,
     flat_view,
     meet,
+    opaque,
     parts,
     ragged_view,
     rings,
@@ -151,16 +158,20 @@ def hand_on(dq, dq_smem, dq_full, dq_empty, i, W: gl.constexpr):
 
 
 @gluon.jit
-def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, W: gl.constexpr):
-    """Part W of dq, with what earlier keys gave it if it is begun, to the warp that stores it."""
+def finish(dq, dq_smem, dq_full, dq_empty, i, begun, softmax_scale, dQ, at, W: gl.constexpr):
+    """Part W of dq, with what other keys gave it if it is begun, to the warp that stores it.
+
+    Buffer `at` is W. If that is not known when this is compiled, addresses are computed here; else
+    they are kept in registers through the loop.
+    """
     HALF: gl.constexpr = dq.shape[1] < PART
     mbarrier.wait(dq_empty.index(W), i & 1)
-    buffer = buffer_of(dq_smem, W, dq.shape[1])
+    buffer = buffer_of(dq_smem, at, dq.shape[1])
     dq = pack(dq)
     if begun:
         dq += buffer.load(dq.type.layout)
     dq = unpack((dq * softmax_scale).to(dQ[HALF].dtype))
-    rounded(dq_smem, W, dQ[HALF]).store(gl.reshape(dq, dQ[HALF].block_type.shape))
+    rounded(dq_smem, at, dQ[HALF]).store(gl.reshape(dq, dQ[HALF].block_type.shape))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(W), count=1)
 
@@ -231,6 +242,9 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
         keys = 0
     edge = edges(start, full, C)
     final = gl.cdiv(last_visit(tile_n, seqlen_q, seqlen_k, C) - start, BLOCK_M)
+    if C.ordered:
+        ending = end_of_earlier(tile_n, seqlen_q, seqlen_k, window_left, C)
+        ending = gl.cdiv(ending - start, BLOCK_M)
     always, zero = group_size > 0, gl.minimum(group_size, 0)  # which LLVM does not know
     m = blocks - 1 if C.backwards else 0
     if C.persistent and not C.gqa:
@@ -362,7 +376,12 @@ def consume(shared, dQ, softmax_scale, sizes, window_left, window_right, ScoreMo
             has_read(ds_empty.index(i % DS_STAGES), C)
         if C.whole_heads:
             if m < final:
-                finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W)
+                finish(dq, dq_smem, dq_full, dq_empty, i, tile_n > 0, softmax_scale, dQ, W, W)
+            else:
+                hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
+        elif C.ordered:
+            if m >= ending:
+                finish(dq, dq_smem, dq_full, dq_empty, i, True, softmax_scale, dQ, opaque(W), W)
             else:
                 hand_on(dq, dq_smem, dq_full, dq_empty, i, W)
         else:
@@ -496,7 +515,7 @@ def backward(
         tiles, programs = tiles_m * spec.nheads, most * spec.nheads_k * plan.splits
     sums = q.new_empty((plan.tiles_of_sums or tiles) * plan.size_of_sums, dtype=torch.float32)
     stats = q.new_empty(tiles * 2 * plan.block_m, dtype=torch.float32)
-    turn = q.new_zeros(tiles, dtype=torch.int32) if spec.deterministic else stats
+    turn = q.new_zeros(tiles, dtype=torch.int32) if plan.takes_turns else stats
     cu_seqlens_q, seqused_q = sequences.cu_seqlens_q, sequences.seqused_q
     total_q, _ = sequences.totals(q, k)
     dlse = lse if dlse is None else dlse
@@ -576,6 +595,7 @@ class Plan:
     block_m: int
     block_n: int
     splits: int
+    takes_turns: bool  # to add to a tile of dq
 
 
 @lru_cache(maxsize=4096)
@@ -661,6 +681,8 @@ def _prepare(
 
     views, more_views = views_of(0), views_of(1)
     views.insert(4, flat_view(tiles, 2 * block_m, 1))
+    finishes = config.whole_heads or config.ordered
+    deterministic = spec.deterministic and not finishes
     around = tuning_v3.around_backward(spec, target)
     before = Launch(
         before_kernel,
@@ -673,7 +695,7 @@ def _prepare(
             block_d(config.width_v),
             aligned_dlse is not False,
             rows,
-            not config.whole_heads,
+            not finishes,
         ),
         around,
     )
@@ -705,7 +727,7 @@ def _prepare(
                 causal=spec.causal,
                 check_keys=packed or spec.seqlen_k % block_n != 0,
                 gqa=spec.nheads > nheads_k,
-                deterministic=spec.deterministic and not config.whole_heads,
+                deterministic=deterministic,
                 packed=packed,
                 inside=inside,
                 scatter=bool(names_of_sums),
@@ -714,6 +736,7 @@ def _prepare(
                 size_k=size_k,
                 persistent=programs < tiles_k,
                 whole_heads=config.whole_heads,
+                ordered=config.ordered,
                 kv_stages=config.kv_stages,
                 splits=config.splits,
             ),
@@ -732,6 +755,7 @@ def _prepare(
         around,
     )  # fmt: skip
     list_keys = list_launch(spec, block_n, of_keys=True) if packed else None
-    finish = None if config.whole_heads else after
+    finish = None if finishes else after
     return Plan(before, backward, finish, list_keys, tiles, tiles_of_sums, size_of_sums,
-                parts_of_sums, block_m, block_n, config.splits)  # fmt: skip
+                parts_of_sums, block_m, block_n, config.splits,
+                config.ordered or deterministic)  # fmt: skip

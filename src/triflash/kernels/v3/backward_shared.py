@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triflash.kernels.common.blocks import block_list, most_listed, rank, visited
-from triflash.kernels.common.mask import key_begin, query_end, query_range, visible
+from triflash.kernels.common.mask import key_begin, key_range, query_end, query_range, visible
 from triflash.kernels.common.mods import derive, modify, shown
 from triflash.kernels.common.softmax import LOG2_E, lse_to_log2
 from triflash.kernels.common.varlen import PACKED, lse_offset
@@ -70,6 +70,7 @@ class Schedule:
     size_k: int | None
     persistent: bool  # programs walk several tiles of keys
     whole_heads: bool  # those of a head, one program
+    ordered: bool  # programs finish dq, see `add_in_turn`
     kv_stages: int
     splits: int  # of nheads_k that the kernel is told, so many have the same keys
 
@@ -306,6 +307,21 @@ def last_visit(tile_n, seqlen_q, seqlen_k, C: gl.constexpr):
 
 
 @gluon.jit
+def end_of_earlier(tile_n, seqlen_q, seqlen_k, window_left, C: gl.constexpr):
+    """Queries from this one on see none of the keys before tile_n."""
+    start_n = (tile_n - 1) * C.block_n
+    _full, end = query_end(start_n, seqlen_q, seqlen_k, window_left, C.block_m, C.block_n)
+    return gl.where(tile_n > 0, end, 0)
+
+
+@gluon.jit
+def programs_behind(tile_n, start_m, seqlen_q, seqlen_k, C: gl.constexpr):
+    """How many programs of keys behind tile_n add to a tile of dq."""
+    _full, end = key_range(start_m, seqlen_q, seqlen_k, C.block_m, C.block_n, C.causal)
+    return gl.cdiv(end, C.block_n) - 1 - tile_n
+
+
+@gluon.jit
 def place_of(pid, tiles_n, rows, section):
     """Program pid as (tile of tiles_n, row): row after row, or the first tiles of `section` rows,
     then their second ones and so on."""
@@ -340,6 +356,8 @@ def locate(pid, sizes, window_left, window_right, BlockLists, C: gl.constexpr):
     else:
         tiles_n = gl.cdiv(seqlen_k, C.block_n)
         tile_n, row = place_of(pid, tiles_n, tiles // tiles_n, section)
+        if C.ordered:  # a program waits for those of later keys, which so have smaller numbers
+            tile_n = tiles_n - 1 - tile_n
         batch = row // nheads_k
         head_k = row % nheads_k
         entry_q = batch
@@ -603,21 +621,60 @@ def lend(Sums, place, dq_smem, dq_empty, filled, of: gl.constexpr, w: gl.constex
 
 
 @gluon.jit
-def bring(Sums, place, dQ, places, head, start_m, tile_n, final, dq_smem, of: gl.constexpr,
+def bring(Sums, place, dQ, places, head, start_m, alone, ends, dq_smem, of: gl.constexpr,
           w: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """Part `of` of dq from buffer w to where it belongs, place as in `lend`."""
+    """Part `of` of dq from buffer w to where it belongs, place as in `lend`.
+
+    Where programs finish dq: whether it is `alone` so far, and whether no other comes behind.
+    """
     WIDTH: gl.constexpr = width_of(C, of)
     HALF: gl.constexpr = WIDTH < PART
-    if C.whole_heads:
-        if start_m < final:
+    if C.whole_heads or C.ordered:
+        if ends:
             store(dQ[HALF], places[0], head, start_m + of // columns_of(C) * PART, places[3],
                   rounded(dq_smem, w, dQ[HALF]), column_of(C, of))  # fmt: skip
-        elif tile_n == 0:
+        elif alone:
             async_store(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
         else:
             reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
     else:
         reduce_add(Sums[HALF], [place * rows_of_unit(C), 0], buffer_of(dq_smem, w, WIDTH))
+
+
+@gluon.jit
+def pass_on(Turn, row):
+    """The next program may add to a tile of dq, once all of this one's is in memory."""
+    wait_for_reductions()
+    fence_async_global()
+    if row >= 0:
+        gl.atomic_add(Turn + row, 1, sem="release")
+
+
+@gluon.jit
+def add_in_turn(Sums, dQ, Turn, places, head, start_m, row, before_row, turn, ends, dq_smem,
+                dq_full, dq_empty, step, C: gl.constexpr):  # fmt: skip
+    """Adds to a tile of dq behind `turn` programs, and passes on the tile of the step before.
+
+    Not earlier, as what was added to that takes its time to memory. Nobody whom this program waits
+    for waits for it.
+    """
+    if not ends:
+        for w in gl.static_range(DQ_BUFFERS):
+            tma.store_wait(DQ_BUFFERS - 1 - w)
+            mbarrier.arrive(dq_empty.index(w), count=1)
+    if turn > 0:
+        while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+            pass
+        fence_async_global()
+    pass_on(Turn, before_row)
+    if ends:
+        sums = gl.where(turn > 0, row, -1)  # in front of all rows TMA finds zeros
+        for w in gl.static_range(DQ_BUFFERS):
+            lend(Sums, sums * DQ_BUFFERS + w, dq_smem, dq_empty, True, w, w, C)
+    for w in gl.static_range(DQ_BUFFERS):
+        mbarrier.wait(dq_full.index(w), step & 1)
+        bring(Sums, row * DQ_BUFFERS + w, dQ, places, head, start_m, turn == 0, ends, dq_smem, w,
+              w, C)  # fmt: skip
 
 
 @gluon.jit
@@ -635,6 +692,10 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
     seqlen_q, seqlen_k = places[3], places[4]
     first, tiles_m = workspace(sizes, batch, places, C)
     final = last_visit(tile_n, seqlen_q, seqlen_k, C)
+    if C.ordered:
+        gl.static_assert(PARTS == DQ_BUFFERS and width_of(C, 0) == width_of(C, 1))
+        ending = end_of_earlier(tile_n, seqlen_q, seqlen_k, window_left, C)
+        before_row = -1
     if C.lag:
         for w in gl.static_range(DQ_BUFFERS):  # dq of no step
             mbarrier.arrive(dq_empty.index(w), count=1)
@@ -664,31 +725,39 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                 while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
                     pass
                 fence_async_global()
-        for r in gl.static_range(ROUNDS):
-            place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
-            for w in gl.static_range(DQ_BUFFERS):
-                if r * DQ_BUFFERS + w < PARTS:
-                    # The last of an odd number is followed by the first, of the same buffer.
-                    tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
-                    if C.whole_heads:
-                        lend(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w),
-                             dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
-                             r * DQ_BUFFERS + w, w, C)  # fmt: skip
-                    else:
-                        mbarrier.arrive(dq_empty.index(w), count=1)
-            for w in gl.static_range(DQ_BUFFERS):
-                if r * DQ_BUFFERS + w < PARTS:
-                    # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
-                    made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
-                    mbarrier.wait(dq_full.index(w), made & 1)
-                    bring(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w), dQ,
-                          places, head, start_m, tile_n, final, dq_smem, r * DQ_BUFFERS + w, w,
-                          C)  # fmt: skip
+        if C.ordered:
+            turn = programs_behind(tile_n, start_m, seqlen_q, seqlen_k, C)
+            add_in_turn(Sums, dQ, Turn, places, head, start_m, row, before_row, turn,
+                        start_m >= ending, dq_smem, dq_full, dq_empty, step + i, C)  # fmt: skip
+            before_row = row
+        else:
+            for r in gl.static_range(ROUNDS):
+                place = row * units_before(C, 0, PARTS) + units_before(C, 0, r * DQ_BUFFERS)
+                for w in gl.static_range(DQ_BUFFERS):
+                    if r * DQ_BUFFERS + w < PARTS:
+                        # The last of an odd number is followed by the first, of the same buffer.
+                        tma.store_wait(0 if r == 0 and PARTS % 2 else DQ_BUFFERS - 1 - w)
+                        if C.whole_heads:
+                            lend(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w),
+                                 dq_smem, dq_empty, (start_m < final) & (tile_n > 0),
+                                 r * DQ_BUFFERS + w, w, C)  # fmt: skip
+                        else:
+                            mbarrier.arrive(dq_empty.index(w), count=1)
+                for w in gl.static_range(DQ_BUFFERS):
+                    if r * DQ_BUFFERS + w < PARTS:
+                        # A buffer's steps have (PARTS - w + 1) // DQ_BUFFERS parts.
+                        made = (step + i) * ((PARTS - w + 1) // DQ_BUFFERS) + r
+                        mbarrier.wait(dq_full.index(w), made & 1)
+                        bring(Sums, place + units_before(C, r * DQ_BUFFERS, r * DQ_BUFFERS + w), dQ,
+                              places, head, start_m, tile_n == 0, start_m < final, dq_smem,
+                              r * DQ_BUFFERS + w, w, C)  # fmt: skip
         if C.deterministic:
             if counted:
                 wait_for_reductions()
                 fence_async_global()
                 gl.atomic_add(Turn + row, 1, sem="release")
+    if C.ordered:
+        pass_on(Turn, before_row)
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS

@@ -39,6 +39,7 @@ from triflash.kernels.v3.products import add_products, finished, operands, produ
 from triflash.kernels.v3.tma import (
     barriers,
     load,
+    opaque,
     ragged_view,
     rings,
     store,
@@ -598,18 +599,6 @@ def can_hide(score_mods):
 
 
 @gluon.jit
-def opaque(x):
-    """x, of which the compiler knows nothing.
-
-    It would compare and select in every block instead of branching, if a modification has computed
-    the indices of keys already: a fifth of a step.
-    """
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def mask(s, q_idx, start_n, seqlen_q, seqlen_k, window_left, window_right, CAUSAL: gl.constexpr):
     """Scores with -inf where causal, a window or the end hides keys."""
     seen = visible(q_idx, keys_of(s, start_n), seqlen_q, seqlen_k, CAUSAL, False, window_left,
@@ -698,6 +687,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
         if edge:  # only blocks on the edge of the mask pay for it
             start = start_n
             if ScoreMods is not None:
+                # Of indices that are there already LLVM would make comparisons in every block.
                 start = opaque(start_n)
             s = mask(s, q_idx, start, seqlen_q, seqlen_k, window_left, window_right, C.causal)
     if MaskMod is not None:

@@ -65,6 +65,14 @@ def _BAR_SYNC(threads):
     return f"barrier.sync 14, {threads}; mov.u32 $0, 0;"
 
 
+@gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing, not even that it is the same in every step."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
+    )
+
+
 END = gl.constexpr(1 << 30)  # where every sequence ends for a descriptor of `ragged_view`
 
 
