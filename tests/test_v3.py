@@ -65,6 +65,9 @@ CALLS = {
     },
     "bf16-128-tail": {"headdim": 128, "seqlen_k": 1000},
     "bf16-128-causal": {"headdim": 128, "causal": True},
+    "bf16-64-causal-few": {"headdim": 64, "causal": True, "batch": 2},
+    "bf16-128-few": {"headdim": 128, "batch": 2},
+    "bf16-256-causal-few": {"headdim": 256, "causal": True, "batch": 2},
     "bf16-256": {"headdim": 256},
     "bf16-256-causal": {"headdim": 256, "causal": True},
     "bf16-192/128-causal": {"headdim": 192, "headdim_v": 128, "causal": True},
@@ -315,12 +318,14 @@ def launches_of(
     packed: bool = False,
     seqused: bool = False,
     feature: str | None = None,
-    batch: int = 2,
+    batch: int | None = None,
 ) -> list:
     """The launches of v3's forward, or of its backward; packed, of two sequences.
 
     `feature` is one of test_mods.FEATURED.
     """
+    if batch is None:  # so that programs of the forward have several tiles
+        batch = 2 if backward else max(2, 16384 // seqlen)
 
     def empty(seqlen: int, *shape: int) -> torch.Tensor:
         rows = (2 * seqlen,) if packed else (batch, seqlen)
@@ -331,7 +336,7 @@ def launches_of(
     v = empty(seqlen_k or seqlen, nheads_k, headdim_v or headdim)
     features, extras = PLAIN, ()
     if feature is not None:
-        of = Case(2, seqlen, seqlen_k or seqlen, 4, nheads_k, headdim, causal=causal)
+        of = Case(batch, seqlen, seqlen_k or seqlen, 4, nheads_k, headdim, causal=causal)
         features, extras = aot.features_for(of, feature)
     options = (softmax_scale, causal, deterministic, False, True, features, extras)
     keywords = {}

@@ -198,11 +198,7 @@ def keeps(spec: AttentionSpec) -> bool:
 
 
 def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
-    """v3's forward, on sm_90 alone.
-
-    Measured at 1024 and longer. Drawing tiles from a counter: causal 547 and 616 against 477 and
-    531 at d128, but full 449 and 475 against 480 and 519 at d64.
-    """
+    """v3's forward, on sm_90 alone. Measured at 512 and longer."""
     section = 1
     if spec.causal:
         # Heads whose longest tiles come together: as many as leave k and v in L2, 50 MB of it.
@@ -261,6 +257,15 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # The next q is loaded before out has left through q's memory. Measured: full 611, 669 and
         # 697 at 1024, 2048 and 4096 against 600, 641 and 671.
         slots_q += 1
+    tiles = spec.batch * spec.nheads * -(-spec.seqlen_q // (64 * consumers))
+    # A draw costs what waits for the counter. Measured: where programs have one tile each, causal
+    # 0.88 to 0.93 of the speed without, full 0.93. Where they have several, causal 547 and 616
+    # against 477 and 531 at d128; full 1.02, 1.01 and 1.00 to 1.01 at 512, 1024 and longer at d128,
+    # 1.03 to 0.99 and 1.00 to 1.04 at d64, 1.01 to 1.02 at d256, 1.07 at d96; 512 keys on both
+    # sides at d64 0.94. v wider than q was not measured, and spills.
+    several = tiles > target.num_sms
+    uneven = spec.causal or spec.features.blocks is not None
+    even = "window" not in spec.features.uses and total_v <= total
     free = _HOPPER_SHARED - 128 * (total * slots_q + total_v * consumers * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
     more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
@@ -270,15 +275,16 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         slots_q,
         consumers,
-        dynamic=spec.causal or spec.varlen is not None or spec.features.blocks is not None,
+        dynamic=spec.varlen is not None or (several and (uneven or even)),
         section=section,
         widths=widths,
         widths_v=widths_v,
         # Measured with two warpgroups at 16384: 675 full, 660 causal at d128 against 650 and 630;
         # 712 against 694 at d256 causal. With three 521 and 504 against 533 and 513 at d64.
         hold=consumers == 2 or windows,
-        # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference.
-        turns=spec.causal and alias and spec.seqlen_q >= 4096,
+        # Measured at 16384: 708 against 687 at d256 causal; at d128 no difference. At d96, 4096 and
+        # 8192, causal 1.11 and 1.08, full 1.03: without, warpgroups there fall into step.
+        turns=(spec.causal and alias and spec.seqlen_q >= 4096) or total == total_v == 96,
         # More warpgroups have no registers for it. Wide heads have room for a part of it. Measured
         # with d256 causal at 16384: no difference; full 716 against 683.
         q_in_registers=windows or (consumers == 2 and (not spec.features.mods or half_q)),
