@@ -263,9 +263,11 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
     # against 477 and 531 at d128; full 1.02, 1.01 and 1.00 to 1.01 at 512, 1024 and longer at d128,
     # 1.03 to 0.99 and 1.00 to 1.04 at d64, 1.01 to 1.02 at d256, 1.07 at d96; 512 keys on both
     # sides at d64 0.94. v wider than q was not measured, and spills.
-    several = tiles > target.num_sms
-    uneven = spec.causal or spec.features.blocks is not None
-    even = "window" not in spec.features.uses and total_v <= total
+    draws = tiles > target.num_sms and (
+        spec.causal
+        or spec.features.blocks is not None
+        or ("window" not in spec.features.uses and total_v <= total)
+    )
     free = _HOPPER_SHARED - 128 * (total * slots_q + total_v * consumers * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
     more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
@@ -275,7 +277,7 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         slots_q,
         consumers,
-        dynamic=spec.varlen is not None or (several and (uneven or even)),
+        dynamic=draws or spec.varlen is not None,
         section=section,
         widths=widths,
         widths_v=widths_v,
