@@ -829,6 +829,39 @@ def test_what_addresses_cannot_stand_for_is_launched_by_triton(monkeypatch):
         made.clear()
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_thread_gets_a_context_before_its_first_launch(capturing, monkeypatch):
+    """TMA descriptors cannot be encoded without one; nothing is asked that a capture forbids."""
+    from concurrent.futures import ThreadPoolExecutor
+    from types import SimpleNamespace
+
+    from triton import knobs
+
+    from triflash.kernels.common import launch as module
+
+    did = []
+    cuda = SimpleNamespace(
+        is_current_stream_capturing=lambda: capturing, mem_get_info=lambda: did.append("context")
+    )
+    active = SimpleNamespace(
+        get_current_stream=lambda _: 5,
+        get_current_device=lambda: 0,
+        get_current_target=lambda: SimpleNamespace(backend="cuda"),
+        get_device_interface=lambda: cuda,
+    )
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    launch = module.Launch(None, 1, (), (), None, (lambda x: x,))
+    launch._launcher = module._Launcher(
+        lambda *_: did.append("run"), (), lambda *_: [did.append("encode")], [None]
+    )
+    tensor = torch.zeros(1)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            pool.submit(launch, tensor).result()
+    assert did == [*([] if capturing else ["context"]), "encode", "run", "run"]
+
+
 def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(monkeypatch):
     from types import SimpleNamespace
 
@@ -845,6 +878,7 @@ def test_a_repeated_launch_passes_addresses_where_modifications_want_tensors(mon
     )
     stream = SimpleNamespace(get_current_stream=lambda _: 5, get_current_device=lambda: 0)
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
+    monkeypatch.setattr(module._thread, "has_context", True)
     for tensors in ((q, lse, slopes), (q, lse, slopes), (q, lse, slopes.clone())):
         launch(q, *tensors)
         at = tensors[-1].data_ptr()

@@ -257,17 +257,6 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         # The next q is loaded before out has left through q's memory. Measured: full 611, 669 and
         # 697 at 1024, 2048 and 4096 against 600, 641 and 671.
         slots_q += 1
-    tiles = spec.batch * spec.nheads * -(-spec.seqlen_q // (64 * consumers))
-    # A draw costs what waits for the counter. Measured: where programs have one tile each, causal
-    # 0.88 to 0.93 of the speed without, full 0.93. Where they have several, causal 547 and 616
-    # against 477 and 531 at d128; full 1.02, 1.01 and 1.00 to 1.01 at 512, 1024 and longer at d128,
-    # 1.03 to 0.99 and 1.00 to 1.04 at d64, 1.01 to 1.02 at d256, 1.07 at d96; 512 keys on both
-    # sides at d64 0.94. v wider than q was not measured, and spills.
-    draws = tiles > target.num_sms and (
-        spec.causal
-        or spec.features.blocks is not None
-        or ("window" not in spec.features.uses and total_v <= total)
-    )
     free = _HOPPER_SHARED - 128 * (total * slots_q + total_v * consumers * (not alias))
     stages = min(most, free // (2 * block_n * (total + total_v)))
     more = stages < most and free >= 2 * block_n * ((stages + 1) * total + stages * total_v)
@@ -277,7 +266,7 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         stages + more,
         slots_q,
         consumers,
-        dynamic=draws or spec.varlen is not None,
+        dynamic=_draws(spec, target, consumers),
         section=section,
         widths=widths,
         widths_v=widths_v,
@@ -295,6 +284,26 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
         bounded=bounded(spec),
         kept=keeps(spec),
     )
+
+
+def _draws(spec: AttentionSpec, target: Target, consumers: int) -> bool:
+    """Whether programs of v3's forward draw their tiles from a counter, which they wait for.
+
+    Measured: where programs have one tile each, causal 0.88 to 0.93 of the speed without, full
+    0.93. Where they have several, causal 547 and 616 against 477 and 531 at d128; full 1.02, 1.01
+    and 1.00 to 1.01 at 512, 1024 and longer at d128, 1.03 to 0.99 and 1.00 to 1.04 at d64, 1.02 at
+    d256 from 8192 and 1.07 at d96. But 512 keys on both sides at d64 0.94; and d256 at 512 1.01 in
+    one run and 0.82 in another, which is not understood. v wider than q spills with it.
+    """
+    if spec.varlen is not None:
+        return True
+    if spec.batch * spec.nheads * -(-spec.seqlen_q // (64 * consumers)) <= target.num_sms:
+        return False
+    if spec.causal or spec.features.blocks is not None:
+        return True
+    d, d_v = sum(widths_of(spec.headdim)), sum(widths_of(spec.headdim_v))
+    short = d == 256 and spec.seqlen_q < 2048
+    return "window" not in spec.features.uses and d_v <= d and not short
 
 
 def widths_of(headdim: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from threading import local
 from typing import Any, NamedTuple
 
 import triton
@@ -12,6 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _ALIGNMENT = 16  # bytes; what Triton specialises pointers on and TMA demands of bases and strides
 _NUMBERS = (int, type(None))  # what may stand where a tensor may
 _MOST_BOUND = 256  # sets of addresses whose arguments a Launch keeps
+
+
+class _Thread(local):
+    has_context = False
+
+
+_thread = _Thread()
 
 
 class Launch:
@@ -60,6 +68,8 @@ class Launch:
 
     def __call__(self, *tensors: Any, programs: int | None = None) -> None:
         """Run on the current device and stream, with `programs` if the call has its own number."""
+        if not _thread.has_context:
+            _enter_context()
         grid = self.grid if programs is None else (programs, 1, 1)
         hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
         if self._launcher is not None and not hooks:  # which the launcher would not call
@@ -104,6 +114,19 @@ class Launch:
             self._bound.clear()
         self._bound[addresses] = bound
         return bound
+
+
+def _enter_context() -> None:
+    """Give this thread a CUDA context, without which TMA descriptors cannot be encoded.
+
+    PyTorch gives it one with its first call of the CUDA runtime, which a thread whose tensors come
+    from kept memory may not have made yet.
+    """
+    if not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda":
+        cuda = driver.active.get_device_interface()
+        if not cuda.is_current_stream_capturing():  # else there is one
+            cuda.mem_get_info()
+    _thread.has_context = True
 
 
 def _as_they_are(*tensors: Any) -> tuple[Any, ...]:
