@@ -289,7 +289,7 @@ def forward(spec: AttentionSpec, target: Target) -> HopperConfig:
 def _draws(spec: AttentionSpec, target: Target, consumers: int) -> bool:
     """Whether programs of v3's forward draw their tiles from a counter, which they wait for.
 
-    Measured: where programs have one tile each, causal 0.88 to 0.93 of the speed without, full
+    Measured: where programs have one tile each, causal 0.89 to 0.96 of the speed without, full
     0.93. Where they have several, causal 547 and 616 against 477 and 531 at d128; full 1.02, 1.01
     and 1.00 to 1.01 at 512, 1024 and longer at d128, 1.03 to 0.99 and 1.00 to 1.04 at d64, 1.02 at
     d256 from 8192 and 1.07 at d96. But 512 keys on both sides at d64 0.94; and d256 at 512 1.01 in
