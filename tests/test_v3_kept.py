@@ -15,14 +15,14 @@ from triflash.kernels.v3.counters import counter_for
 from triflash.target import Target
 from triflash.testing import Case, compare, make_inputs, run_case
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 HOPPER = Target("cuda", "sm_90", 132)
 
 
 @pytest.fixture
 def kept(monkeypatch):
     """Calls too small to pay keep it too."""
-    monkeypatch.setattr(tuning_v3, "keeps", lambda spec: spec.dtype == BF16)
+    monkeypatch.setattr(tuning_v3, "keeps", lambda spec: spec.dtype in (BF16, FP16))
     forget_prepared_launches()
     yield
     forget_prepared_launches()
@@ -37,9 +37,10 @@ def machine_code(call: dict) -> list[dict]:
         return test_v3.compile_all(call)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("call", ["bf16-128-causal", "bf16-64-long"])
-def test_machine_code(call, compiling):
-    kept, behind = compiling(machine_code, test_v3.CALLS[call])
+def test_machine_code(call, dtype, compiling):
+    kept, behind = compiling(machine_code, {**test_v3.CALLS[call], "dtype": dtype})
     for kernel in (kept, behind):
         assert "C7512" not in kernel["log"], kernel["log"]
         assert kernel["local"] == 0
@@ -62,7 +63,8 @@ def test_which_calls_keep_a_maximum():
     assert not keeps(alibi="heads")
     assert not keeps(causal=True, softcap=30.0)
     assert not keeps(seqlen_q=256, seqlen_k=256)
-    assert not keeps(dtype=torch.float16)
+    assert keeps(dtype=FP16)
+    assert not keeps(dtype=FP16, alibi="heads")
     assert not keeps(headdim=256)
 
 
@@ -86,13 +88,14 @@ def test_which_rows_see_a_key_of_their_first_block():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [(512, 1024), (1000, 1000)], ids=str)
-def test_any_growth(lengths, causal, headdim, device, kept):
+def test_any_growth(lengths, causal, headdim, dtype, device, kept):
     """The first keys, which come last, have scores that are larger by any factor."""
-    case = Case(2, *lengths, 4, 2, headdim, dtype=BF16, causal=causal)
-    for steep in (1.0, 4.0, 40.0, -1e4, 1.0):
+    case = Case(2, *lengths, 4, 2, headdim, dtype=dtype, causal=causal)
+    for steep in (1.0, 2.5, 4.0, 40.0, -1e4, 1.0):
         inputs = make_inputs(case, device)
         inputs.k[:, :3] *= steep
         assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
@@ -116,6 +119,20 @@ def test_any_growth_under_features(options, device, kept):
             inputs.k[:, ::150] *= steep
             assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
             assert not memory_of_counter(device).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_weights_that_fall_far(dtype, device, kept):
+    """Under the mask all rows meet the last keys first, whose scores exceed all others by up to 40:
+    with headroom the small weights lie below what float16 has at full precision."""
+    case = Case(2, 1024, 1024, 4, 2, 64, dtype=dtype)
+    for most in (5.0, 12.0, 40.0):
+        inputs = make_inputs(case, device)
+        inputs.q[..., 0] = 8.0
+        inputs.k[..., 0] = torch.linspace(0, most, 1024, device=device).to(dtype)[:, None]
+        assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
+        assert not memory_of_counter(device).any()
 
 
 @pytest.mark.gpu

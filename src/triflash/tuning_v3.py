@@ -180,8 +180,7 @@ def keeps(spec: AttentionSpec) -> bool:
     1.08 and 1.06 at 4096, 1.03 at 1024; d64 1.11 and 1.09, 1.18 and 1.06, 1.11 and 1.15; d96 1.10.
     At 8192 causal, d128 and d64: ALiBi 1.15 and 1.21, a user's scores 1.01 and 1.11, a window of
     1024 1.16 and 1.09, sinks 1.10, packed 1.05 and 1.14. The kernel behind costs 3 us: at 512, of
-    3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256 has 1.00. float16 has no room above a
-    maximum that may not be the largest.
+    3e10 and 7e10 operations, d128 has 1.00 and 1.02. d256 has 1.00. All in bfloat16.
     """
     visible = 1.0
     if spec.features.window_left is not None:
@@ -189,7 +188,7 @@ def keeps(spec: AttentionSpec) -> bool:
     # Far keys come first in a full mask: what an ALiBi there leaves grows, and is done twice, 0.56.
     grows = bool(spec.features.score_mods) and not spec.causal
     return (
-        spec.dtype == torch.bfloat16
+        spec.dtype in (torch.bfloat16, torch.float16)
         and not bounded(spec)
         and not grows
         and widest(spec) <= 128

@@ -8,16 +8,20 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr = 0.0):
+def softmax_step(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr = 0.0,
+                 HEADROOM: tl.constexpr = 0.0):  # fmt: skip
     """One block of scores against the running maximum.
 
     s: [BLOCK_M, BLOCK_N] unscaled scores; -inf where hidden, which needs MASKED. scale_log2 > 0.
     Returns the new maximum (base-2 units), p = 2^(s * scale_log2 - maximum), and the factor for
     sums over earlier blocks. With SLACK the maximum stays what it was until it is too small by more
     than that, so p goes up to 2^SLACK and the factor is seldom other than 1 (FlashAttention-4).
+    With HEADROOM the maximum, of a first block, is larger by that, for blocks that come to keep it.
     """
     # Scaling after the maximum makes scale and subtraction one fused multiply-add an element.
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    if HEADROOM > 0.0:
+        m_new += HEADROOM
     if SLACK > 0.0:
         m_new = tl.where(m_new - m_i <= SLACK, m_i, m_new)  # -inf - (-inf) is NaN: m_new, -inf
     # A row that has seen no key yet: -inf - (-inf) would be NaN.

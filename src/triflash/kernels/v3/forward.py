@@ -51,8 +51,10 @@ from triflash.kernels.v3.tma import (
 from triflash.kernels.v3.weights import (
     SLACK,
     can_hide,
+    headroom_of,
     held,
     keys_of,
+    limit_of,
     mask,
     mask_at_the_end,
     modified,
@@ -425,7 +427,8 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         HIDES: gl.constexpr = (
             C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
         )
-        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, C)
+        HEADROOM: gl.constexpr = headroom_of(v_smem[0].dtype) if C.kept else 0.0
+        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, HEADROOM, C)
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -453,7 +456,8 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, LAYOUT_S))
         if C.kept:  # also where a sum is NaN
             flags = Counter + FLAG + gl.zeros_like(l_i).to(gl.int32)
-            gl.store(flags, gl.full_like(l_i, 1.0).to(gl.int32), mask=not_within(l_i))
+            wrong = not_within(l_i, limit_of(v_smem[0].dtype))
+            gl.store(flags, gl.full_like(l_i, 1.0).to(gl.int32), mask=wrong)
         sink = None
         if Sinks is not None:
             sink = gl.load(Sinks + head).to(gl.float32)
@@ -610,7 +614,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
     HIDES: gl.constexpr = EDGES or MaskMod is not None or can_hide(ScoreMods)
-    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, C)
+    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, 0.0, C)
     if C.settled:
         l_i += sum_of_lanes(p)
     else:

@@ -11,8 +11,23 @@ from triflash.kernels.common.mask import visible
 from triflash.kernels.common.mods import modify
 from triflash.kernels.common.softmax import softmax_step
 
-LIMIT = gl.constexpr(2.0**40)  # of a row's sum under a kept maximum; |v| may be up to 2^87
 SLACK = gl.constexpr(8.0)  # p may be up to 2^8 before the maximum that it is relative to moves
+
+
+@gluon.constexpr_function
+def limit_of(dtype):
+    """The largest sum of a row under a kept maximum, of p in dtype."""
+    return 65504.0 if dtype == gl.float16 else 2.0**40  # then |v| may be up to 2^87
+
+
+@gluon.constexpr_function
+def headroom_of(dtype):
+    """By how much a kept maximum is larger, in base 2.
+
+    In float16 p ends at 2^16, and below 2^-14 has the same error at any size: one of 2^-20 of a
+    row's first maximum, with five.
+    """
+    return 5.0 if dtype == gl.float16 else 0.0
 
 
 @gluon.jit
@@ -87,15 +102,16 @@ def _HIDE(n):
 
 
 @gluon.jit
-def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr, C: gl.constexpr):
+def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr,
+            HEADROOM: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """`softmax_step`, bounded with 0 for every maximum, and behind a tile's first block (SLACK)
-    with the maximum that it kept."""
+    with the maximum that it kept (HEADROOM)."""
     if C.bounded:
         m_new, p, alpha = gl.zeros_like(m_i), gl.exp2(s * scale_log2), gl.full_like(m_i, 1.0)
     elif C.kept and SLACK > 0.0:
         m_new, p, alpha = m_i, gl.exp2(s * scale_log2 - m_i[:, None]), gl.full_like(m_i, 1.0)
     else:
-        m_new, p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK)
+        m_new, p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK, HEADROOM)
     return m_new, p, alpha
 
 
@@ -111,7 +127,7 @@ def sum_of_lanes(p):
 
 
 @gluon.jit
-def not_within(l_i):
+def not_within(l_i, LIMIT: gl.constexpr):
     """Whether sums are larger than LIMIT, or NaN."""
     return ~(l_i <= LIMIT)
 
