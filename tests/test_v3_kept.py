@@ -9,6 +9,7 @@ import pytest
 import test_v3
 import torch
 from helpers import assert_within_budget, forget_prepared_launches
+from test_mods import DOCUMENT
 
 from triflash import attention, flash_attn_varlen_func, tuning_v3
 from triflash.kernels.v3.counters import counter_for
@@ -82,8 +83,8 @@ def test_which_rows_see_a_key_of_their_first_block():
     assert seen({**causal, "packed": True})
     assert not seen({"headdim": 128, "feature": "both"})
     assert not seen({**causal, "seqlen_k": 1000})
-    assert not seen({**causal, "feature": "documents"})
-    assert not seen({**causal, "feature": "large blocks"})
+    assert seen({**causal, "feature": "documents"})  # of each tile it is asked
+    assert seen({**causal, "feature": "large blocks"})
     assert not seen({**causal, "packed": True, "seqused": True})
 
 
@@ -119,6 +120,31 @@ def test_any_growth_under_features(options, device, kept):
             inputs.k[:, ::150] *= steep
             assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
             assert not memory_of_counter(device).any()
+
+
+def documents(case: Case, device: torch.device) -> tuple[torch.Tensor]:
+    """Of 300 tokens each, whose ends lie within tiles."""
+    tokens = torch.arange(max(case.seqlen_q, case.seqlen_k), dtype=torch.int32, device=device)
+    return ((tokens // 300).expand(case.batch, -1).contiguous(),)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("block_size", [None, (128, 128)], ids=["mask", "blocks"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_that_hide_first_blocks(causal, block_size, headdim, dtype, device, kept):
+    """Without a causal mask the rows of one document see nothing of the block that their tile
+    meets first; its maxima move, beside tiles whose stay."""
+    case = Case(
+        2, 1000, 1000, 4, 2, headdim, dtype=dtype, causal=causal, mask_mod=DOCUMENT,
+        make_aux=documents, block_size=block_size,
+    )  # fmt: skip
+    for steep in (1.0, 4.0, 40.0, -1e4):
+        inputs = make_inputs(case, device)
+        inputs.k[:, ::150] *= steep
+        assert_within_budget(case, compare(case, inputs, run_case(case, inputs, "v3", False)))
+        assert not memory_of_counter(device).any()
 
 
 @pytest.mark.gpu

@@ -85,6 +85,7 @@ class Schedule:
     alias: bool
     bounded: bool
     kept: bool  # a row's maximum is that of its first block; sums out of range raise a flag
+    moves: bool  # in tiles where some row sees no key of its first block maxima move as without
     behind: bool  # runs only where the flag is raised
     parts: int  # of the columns of q and k
     parts_v: int  # of the columns of v and out
@@ -101,7 +102,7 @@ class Schedule:
     @property
     def settled(self) -> bool:
         """Whether no maximum moves behind the first block."""
-        return self.bounded or self.kept
+        return self.bounded or (self.kept and not self.moves)
 
     @property
     def fields(self) -> int:
@@ -428,7 +429,10 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
             C.causal or C.check_keys or WINDOW or MaskMod is not None or can_hide(ScoreMods)
         )
         HEADROOM: gl.constexpr = headroom_of(v_smem[0].dtype) if C.kept else 0.0
-        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, HEADROOM, C)
+        m_i, p, _alpha = weights(s, m_i, scale_log2, HIDES, 0.0, HEADROOM, False, C)
+        moving = False
+        if C.moves:
+            moving = gl.min(m_i, 0) == float("-inf")
         l_i = sum_of_lanes(p)
         p = p.to(v_smem[0].dtype)
         if PARTS_V == 1:
@@ -447,7 +451,7 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
             acc, m_i, l_i, p = step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant,
                                     scale_log2, batch, head, q_idx, start_n, edge, seqlen_q,
                                     seqlen_k, window_left, window_right, ScoreMods, MaskMod,
-                                    LAYOUT_S, W, C)  # fmt: skip
+                                    moving, LAYOUT_S, W, C)  # fmt: skip
             n += 1
         if not C.alias and not (Q_IN_REGISTERS and len(q) == 1):
             mbarrier.arrive(q_empty.index(q_slot), count=1)
@@ -573,7 +577,7 @@ def zeros(v_smem):
 
 @gluon.jit
 def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, batch, head, q_idx,
-         start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod,
+         start_n, edge, seqlen_q, seqlen_k, window_left, window_right, ScoreMods, MaskMod, moving,
          LAYOUT_S: gl.constexpr, W: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scores and softmax of block n + 1 while p v of block n runs."""
     STAGES: gl.constexpr = C.stages
@@ -614,7 +618,7 @@ def step(q, k_smem, v_smem, bars, n, acc, m_i, l_i, p, constant, scale_log2, bat
                          INSIDE)  # fmt: skip
             s = gl.where(seen, s, float("-inf"))
     HIDES: gl.constexpr = EDGES or MaskMod is not None or can_hide(ScoreMods)
-    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, 0.0, C)
+    m_i, p, alpha = weights(s, m_i, scale_log2, HIDES, SLACK, 0.0, moving, C)
     if C.settled:
         l_i += sum_of_lanes(p)
     else:
@@ -830,6 +834,9 @@ def _prepare(
     shift = spec.seqlen_k - spec.seqlen_q
     whole = self_attention if packed else shift >= 0 and shift % config.block_n == 0
     whole = whole and spec.features.blocks is None
+    masked = spec.features.mask_mod is not None or spec.features.blocks is not None
+    kept = config.kept and not config.bounded
+    kept = kept and (masked or _seen_at_once(spec, whole)) and not given[2]
     schedule = Schedule(
         block_n=config.block_n,
         stages=config.stages,
@@ -843,7 +850,8 @@ def _prepare(
         half_q=config.half_q,
         alias=config.alias,
         bounded=config.bounded,
-        kept=config.kept and not config.bounded and _seen_at_once(spec, whole, given[2]),
+        kept=kept,
+        moves=kept and masked,
         behind=False,
         parts=len(config.widths),
         parts_v=len(config.widths_v),
@@ -868,7 +876,7 @@ def _prepare(
     arrange = partial(_arguments, spec, tuning_v3.fuses(spec))
     launch, behind = (
         Launch(forward_kernel, programs, scalars, (of,), config, views, arrange)
-        for of in (schedule, replace(schedule, kept=False, behind=True))
+        for of in (schedule, replace(schedule, kept=False, moves=False, behind=True))
     )
     return (
         launch,
@@ -877,11 +885,9 @@ def _prepare(
     )
 
 
-def _seen_at_once(spec: AttentionSpec, whole: bool, used_q: bool) -> bool:
-    """Whether rows see a key of their first block for certain; rows not used may hold anything."""
+def _seen_at_once(spec: AttentionSpec, whole: bool) -> bool:
+    """Whether rows see a key of their first block for certain, but for a user's mask."""
     features = spec.features
-    if features.mask_mod is not None or features.blocks is not None or used_q:
-        return False
     if spec.causal:  # each its own
         return whole and features.window_right is None
     return features.window_left is None and features.window_right is None

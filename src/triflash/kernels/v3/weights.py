@@ -103,13 +103,19 @@ def _HIDE(n):
 
 @gluon.jit
 def weights(s, m_i, scale_log2, MASKED: gl.constexpr, SLACK: gl.constexpr,
-            HEADROOM: gl.constexpr, C: gl.constexpr):  # fmt: skip
+            HEADROOM: gl.constexpr, moving, C: gl.constexpr):  # fmt: skip
     """`softmax_step`, bounded with 0 for every maximum, and behind a tile's first block (SLACK)
-    with the maximum that it kept (HEADROOM)."""
+    with the maximum that it kept (HEADROOM), unless that is `moving`."""
     if C.bounded:
         m_new, p, alpha = gl.zeros_like(m_i), gl.exp2(s * scale_log2), gl.full_like(m_i, 1.0)
     elif C.kept and SLACK > 0.0:
-        m_new, p, alpha = m_i, gl.exp2(s * scale_log2 - m_i[:, None]), gl.full_like(m_i, 1.0)
+        m_new, alpha = m_i, gl.full_like(m_i, 1.0)
+        m_safe = m_i
+        if C.moves:
+            if moving:
+                m_new, _p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK)
+            m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+        p = gl.exp2(s * scale_log2 - m_safe[:, None])
     else:
         m_new, p, alpha = softmax_step(s, m_i, scale_log2, MASKED, SLACK, HEADROOM)
     return m_new, p, alpha
