@@ -387,14 +387,14 @@ def test_bad_input(bad, device):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_bias_that_is_negated_when_it_is_read(device):
+@pytest.mark.parametrize(("name", "shape"), [("bias", (1, 1, 5, 5)), ("alibi_slopes", (4,))])
+def test_extras_that_are_negated_when_they_are_read(name, shape, device):
     """Kernels would read what lies there."""
     q = torch.randn(2, 5, 4, 16, device=device)
-    bias = torch.randn(1, 1, 5, 5, device=device, dtype=torch.complex64).conj().imag
-    assert bias.is_neg()
-    with pytest.raises(ValueError, match=r"bias must be .*bias\.resolve_neg\(\)"):
-        attention(q, q, q, bias=bias)
-    attention(q, q, q, bias=bias.resolve_neg())
+    tensor = torch._neg_view(torch.randn(shape, device=device))
+    with pytest.raises(ValueError, match=rf"{name} must be .*{name}\.resolve_neg\(\)"):
+        attention(q, q, q, **{name: tensor})
+    attention(q, q, q, **{name: tensor.resolve_neg()})
 
 
 def test_bad_functions():

@@ -477,6 +477,26 @@ def test_parameters_and_subclasses_work(implementation, device):
 
 
 @every_row
+def test_tensors_that_are_negated_when_they_are_read(implementation, device):
+    """PyTorch has such views of complex numbers; kernels would read what lies there."""
+    skip_unsupported(CASE, implementation, device)
+    inputs = make_inputs(CASE, device)
+    plain = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    negated = [torch._neg_view(-x.detach()).requires_grad_() for x in plain]
+    assert all(x.is_neg() for x in negated)
+    options = {"causal": True, "implementation": implementation}
+    out, same = (attention(*x, **options) for x in (plain, negated))
+    assert torch.equal(out, same)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, plain, dout)
+    gradients = torch.autograd.grad(same, negated, torch._neg_view(-dout))
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    with torch.no_grad():
+        assert torch.equal(attention(*negated, **options), out)
+
+
+@every_row
 def test_many_threads(implementation, device):
     """Gradients in threads of their own, as autograd and data loaders do."""
     from concurrent.futures import ThreadPoolExecutor

@@ -554,6 +554,12 @@ def _check_extras(
         check_tensors(**{name: tensor})
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
+        # complex.conj().imag is; operators get q, k and v resolved, but no lists, but in a graph.
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            raise ValueError(
+                f"{name} must be in memory as it is, got the negation of what is there; call "
+                f"{name}.resolve_neg() first"
+            )
         if name == "bias":
             _check_bias(spec, tensor)
         elif not tensor.is_contiguous():
@@ -596,12 +602,6 @@ def _check_extras(
 
 
 def _check_bias(spec: AttentionSpec, bias: torch.Tensor) -> None:
-    # What complex.conj().imag is; in a graph an operator gets it resolved.
-    if not torch.compiler.is_compiling() and bias.is_neg():
-        raise ValueError(
-            "bias must be in memory as it is, got the negation of what is there; call "
-            "bias.resolve_neg() first"
-        )
     if bias.dtype not in (torch.float32, spec.dtype):
         raise TypeError(f"bias must be float32 or of q's dtype {spec.dtype}, got {bias.dtype}")
     sizes = (spec.batch, spec.nheads, spec.seqlen_q, spec.seqlen_k)
