@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import multiprocessing
 import re
@@ -9,16 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 import pytest
 import torch
 
 from triflash import attention, registry, testing, tuning
 from triflash.spec import make_spec
-from triflash.target import Target
+from triflash.target import Target, target_of
 from triflash.testing import Case
 
 T = TypeVar("T")
@@ -143,6 +146,20 @@ def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     with torch.cuda.graph(graph):
         results = call()
     return graph, results
+
+
+@contextmanager
+def multiprocessors(number: int) -> Iterator[None]:
+    """Within, v3 is launched as if the GPU had so many, so that few tiles are several a program."""
+
+    def few(device: torch.device) -> Target:
+        return replace(target_of(device), num_sms=number)
+
+    modules = [importlib.import_module(f"triflash.kernels.v3.{x}") for x in ("forward", "backward")]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "target_of", few))
+        yield
 
 
 @contextmanager

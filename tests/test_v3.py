@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 from helpers import (
     assert_within_budget,
+    captured,
     check,
     forget_prepared_launches,
+    multiprocessors,
     skip_unsupported,
     unexplained_races,
 )
@@ -1033,6 +1035,29 @@ def test_sections_give_every_multiprocessor_a_tile():
 
 
 @pytest.mark.parametrize(
+    ("change", "drawn"),
+    [
+        ({}, True),
+        ({"causal": True}, True),
+        ({"seqlen_q": 1024, "seqlen_k": 1024, "batch": 2}, False),  # 64 tiles for 132 programs
+        ({"seqlen_q": 1024, "seqlen_k": 1024, "batch": 2, "causal": True}, False),
+        ({"seqlen_q": 1024, "seqlen_k": 1024, "batch": 5}, True),
+        ({"window_size": (512, 512)}, False),
+        ({"window_size": (512, 0), "causal": True}, True),
+        ({"alibi": "heads"}, True),
+        ({"headdim": 64, "headdim_v": 128}, False),
+        ({"headdim": 256}, True),
+        ({"headdim": 256, "seqlen_q": 1024}, False),
+        ({"headdim": 256, "seqlen_q": 1024, "causal": True}, True),
+    ],
+)
+def test_where_programs_draw_their_tiles(change, drawn):
+    options = {"batch": 16, "headdim": 128, "seqlen_q": 4096, "seqlen_k": 4096, **change}
+    spec = Case(dtype=BF16, nheads=4, nheads_k=4, **options).spec()
+    assert tuning_v3.forward(spec, HOPPER).dynamic == drawn
+
+
+@pytest.mark.parametrize(
     ("change", "chosen"),
     [
         ({}, (3, 64)),
@@ -1105,7 +1130,7 @@ def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
         pytest.skip(reason)
     code = (
         "import torch, triflash\n"
-        "q = torch.randn(2, 300, 4, 64, device='cuda', dtype=torch.bfloat16)\n"
+        "q = torch.randn(20, 300, 8, 64, device='cuda', dtype=torch.bfloat16)\n"
         "def call(q):\n"
         "    return triflash.attention(q * 1, q, q, causal=True, implementation='v3')\n"
         "compiled = torch.compile(call, mode='reduce-overhead', fullgraph=True)\n"
@@ -1116,6 +1141,29 @@ def test_a_first_call_inside_a_cuda_graph_of_torch_compile(device):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_replays_of_a_graph_draw_their_tiles(causal, device):
+    """The counter is 0 before and after each."""
+    from triflash.kernels.v3 import forward
+
+    case = Case(3, 700, 700, 4, 2, 128, dtype=BF16, causal=causal)
+    skip_unsupported(case, "v3", device)
+    inputs = make_inputs(case, device)
+
+    def call() -> torch.Tensor:
+        return attention(inputs.q, inputs.k, inputs.v, causal=causal, implementation="v3")
+
+    expected = call()
+    with multiprocessors(8):
+        assert tuning_v3.forward(case.spec(), forward.target_of(device)).dynamic
+        graph, out = captured(call)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu
