@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,13 +290,20 @@ def test_compute_sanitizer(implementation, tool, device):
         pytest.skip("compute-sanitizer is not installed")
     case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=40, causal=True, with_dlse=True)
     skip_unsupported(case, implementation, device)
+    few = "multiprocessors(2)" if implementation == "v3" else "nullcontext()"
     code = (
-        "import torch\n"
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from contextlib import nullcontext\n"
+        "from helpers import multiprocessors\n"
         "from triflash.testing import *\n"
-        "for headdim in (33, 40, 128, 256):\n"
-        "    case = Case(batch=1, seqlen_q=150, seqlen_k=210, headdim=headdim, causal=True)\n"
+        "sizes = dict(batch=1, seqlen_q=150, seqlen_k=210, causal=True)\n"
+        "cases = [Case(**sizes, headdim=d) for d in (33, 40, 128, 256)]\n"
+        "cases.append(Case(1, 300, 300, headdim=128, causal=True, window_size=(64, 0)))\n"
+        "for case in cases:\n"
         f"    if unsupported(case, {implementation!r}, 'cuda') is None:\n"
-        f"        run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
+        f"        with {few}:  # whose programs draw their tiles\n"
+        f"            run_case(case, make_inputs(case, 'cuda'), {implementation!r})\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(

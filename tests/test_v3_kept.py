@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import test_v3
 import torch
-from helpers import assert_within_budget, forget_prepared_launches
+from helpers import assert_within_budget, forget_prepared_launches, multiprocessors
 
 from triflash import attention, flash_attn_varlen_func, tuning_v3
 from triflash.kernels.v3.counters import counter_for
@@ -21,10 +21,11 @@ HOPPER = Target("cuda", "sm_90", 132)
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Calls too small to pay keep it too."""
+    """Calls too small to pay keep it too, and have several tiles a program, which are drawn."""
     monkeypatch.setattr(tuning_v3, "keeps", lambda spec: spec.dtype == BF16)
     forget_prepared_launches()
-    yield
+    with multiprocessors(8):
+        yield
     forget_prepared_launches()
 
 

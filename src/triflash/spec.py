@@ -554,7 +554,7 @@ def _check_extras(
         check_tensors(**{name: tensor})
         if tensor.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
-        # complex.conj().imag is; operators get q, k and v resolved, but no lists, but in a graph.
+        # As complex.conj().imag is. Operators get q, k and v in order, but not this list.
         if not torch.compiler.is_compiling() and tensor.is_neg():
             raise ValueError(
                 f"{name} must be in memory as it is, got the negation of what is there; call "

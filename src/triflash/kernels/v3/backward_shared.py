@@ -1,9 +1,10 @@
 """What both schedules of v3's backward share: kernels around, the walk, and the warps beside.
 
 A kernel before makes lse in base 2 and delta = rowsum(out * dout) - dlse and zeroes the sums of dq;
-one behind rounds them to dq. A program owns a block of keys of one key head and walks the queries
-of all heads that share it: a warp loads q, dout, lse and delta through rings, another adds dq to
-float32 sums in memory by TMA. Programs may walk several such tiles, see `tiles_of_program`.
+one behind rounds them to dq, unless programs finish dq (backward.py). A program owns a block of
+keys of one key head and walks the queries of all heads that share it: a warp loads q, dout, lse and
+delta through rings, another adds dq to float32 sums in memory by TMA. Programs may walk several
+such tiles, see `tiles_of_program`.
 """
 
 from dataclasses import dataclass

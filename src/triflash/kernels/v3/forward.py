@@ -349,6 +349,9 @@ def consumer(shared, Out, Lse, Counter, ScoreMods, MaskMod, Sinks, BlockLists, s
 
     t = 0
     n = 0
+    # Else v of a block that one warpgroup passes by would come behind k of the next one, for which
+    # the other has to have its turn.
+    gl.static_assert(not C.turns or (STAGES > 1 and STAGES_K > 1))
     if C.turns and W == 0:  # the first turn is warpgroup 0's
         pass_turn(CONSUMERS - 1, CONSUMERS)
     mbarrier.wait(q_full.index(W), 0)
