@@ -643,11 +643,22 @@ def bring(Sums, place, dQ, places, head, start_m, alone, ends, dq_smem, of: gl.c
 
 
 @gluon.jit
-def pass_on(Turn, row):
-    """The next program may add to a tile of dq, once all of this one's is in memory."""
+def await_others(Turn, row, turn):
+    """Until so many programs have added to a tile of dq.
+
+    They have smaller numbers, so they are running or done.
+    """
+    while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
+        pass
+    fence_async_global()
+
+
+@gluon.jit
+def pass_on(Turn, row, added):
+    """The next program may add to a tile of dq, if this one has, once all of that is in memory."""
     wait_for_reductions()
     fence_async_global()
-    if row >= 0:
+    if added:
         gl.atomic_add(Turn + row, 1, sem="release")
 
 
@@ -664,10 +675,8 @@ def add_in_turn(Sums, dQ, Turn, places, head, start_m, row, before_row, turn, en
             tma.store_wait(DQ_BUFFERS - 1 - w)
             mbarrier.arrive(dq_empty.index(w), count=1)
     if turn > 0:
-        while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
-            pass
-        fence_async_global()
-    pass_on(Turn, before_row)
+        await_others(Turn, row, turn)
+    pass_on(Turn, before_row, before_row >= 0)
     if ends:
         sums = gl.where(turn > 0, row, -1)  # in front of all rows TMA finds zeros
         for w in gl.static_range(DQ_BUFFERS):
@@ -721,11 +730,8 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
             counted = True
             if BlockLists is not None and C.gqa:
                 counted = in_list(BlockLists, batch, head, tile_n, m, C)
-            # They have smaller numbers, so they are running or done.
             if counted:
-                while gl.atomic_add(Turn + row, 0, sem="acquire") != turn:
-                    pass
-                fence_async_global()
+                await_others(Turn, row, turn)
         if C.ordered:
             turn = programs_behind(tile_n, start_m, seqlen_q, seqlen_k, C)
             add_in_turn(Sums, dQ, Turn, places, head, start_m, row, before_row, turn,
@@ -754,11 +760,9 @@ def add(shared, dk_smem, dv_smem, Sums, dQ, dK, dV, Turn, sizes, window_left, wi
                               r * DQ_BUFFERS + w, w, C)  # fmt: skip
         if C.deterministic:
             if counted:
-                wait_for_reductions()
-                fence_async_global()
-                gl.atomic_add(Turn + row, 1, sem="release")
+                pass_on(Turn, row, True)
     if C.ordered:
-        pass_on(Turn, before_row)
+        pass_on(Turn, before_row, before_row >= 0)
 
     # The consumers have no registers left for where dk and dv go.
     TILES: gl.constexpr = C.block_n // KEYS
